@@ -1,0 +1,130 @@
+"""A checkpoint: a folder with `weights.safetensors`, optionally `state.pt`, and `manifest.json`, which appears whole or not at all.
+
+The manifest says what the weights are (kind, settings, classes, parent, metrics) and holds the sha256 of every other file, so a truncated
+or altered file is found when it is read. `state.pt` (optimiser, counters) is read with `weights_only=True`: no pickle is ever executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from distill.errors import CheckpointError
+
+WEIGHTS = "weights.safetensors"
+STATE = "state.pt"
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint folder holds."""
+
+    weights: dict[str, Tensor]
+    manifest: dict[str, Any]
+    state: dict[str, Any] | None
+
+
+def save_checkpoint(folder: Path, weights: dict[str, Tensor], manifest: dict[str, Any], state: dict[str, Any] | None = None) -> None:
+    """Write a checkpoint so that `folder` holds either the old one or the new one, whatever happens on the way.
+
+    Args:
+        weights: name -> tensor, on any device.
+        manifest: JSON-able description.
+        state: optimiser state and counters: tensors, numbers, strings and containers of them.
+    """
+    pending = folder.with_name(f".{folder.name}.pending-{os.getpid()}")
+    shutil.rmtree(pending, ignore_errors=True)
+    pending.mkdir(parents=True)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, str(pending / WEIGHTS))
+    if state is not None:
+        torch.save(state, pending / STATE)
+    files = {path.name: file_sha256(path) for path in sorted(pending.iterdir())}
+    (pending / MANIFEST).write_text(json.dumps({**manifest, "files": files}, indent=1), encoding="utf-8")
+    for path in pending.iterdir():
+        fsync_path(path)
+    replace_folder(pending, folder)
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint back and check it.
+
+    Raises:
+        CheckpointError: no checkpoint there, a file missing, truncated or altered.
+    """
+    recover_folder(folder)
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        for name, expected in manifest["files"].items():
+            if file_sha256(folder / name) != expected:
+                raise CheckpointError(f"{folder / name} is truncated or altered (its sha256 is not the manifest's); make it again")
+        weights = load_file(str(folder / WEIGHTS))
+        state = torch.load(folder / STATE, weights_only=True) if STATE in manifest["files"] else None
+    except FileNotFoundError as error:
+        raise CheckpointError(f"no checkpoint in {folder}: {Path(error.filename or folder).name} is missing") from error
+    except (json.JSONDecodeError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"the checkpoint in {folder} is damaged ({error}); make it again") from error
+    return Checkpoint(weights, manifest, state)
+
+
+def load_weights(network: torch.nn.Module, weights: dict[str, Tensor], origin: str) -> None:
+    """Put weights into a network; every name must fit.
+
+    Raises:
+        CheckpointError: names that are missing, left over or of another shape, listed.
+    """
+    own = network.state_dict()
+    missing = sorted(own.keys() - weights.keys())
+    left_over = sorted(weights.keys() - own.keys())
+    other_shape = sorted(n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape)
+    if missing or left_over or other_shape:
+        parts = [
+            f"{what}: {', '.join(n[:5])}{' ...' if len(n) > 5 else ''}"
+            for what, n in (("missing", missing), ("left over", left_over), ("other shape", other_shape))
+            if n
+        ]
+        raise CheckpointError(f"{origin} belongs to another network ({'; '.join(parts)})")
+    network.load_state_dict(weights)
+
+
+def replace_folder(pending: Path, folder: Path) -> None:
+    """Put a finished folder in another's place. A crash in between leaves the old one under `.NAME.old`; `recover_folder` brings it back."""
+    old = folder.with_name(f".{folder.name}.old")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    pending.rename(folder)
+    fsync_path(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_folder(folder: Path) -> None:
+    """Undo a `replace_folder` that was cut off between its two renames."""
+    old = folder.with_name(f".{folder.name}.old")
+    if not folder.exists() and old.exists():
+        old.rename(folder)
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 (hex) of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync_path(path: Path) -> None:
+    """Ask the disk to keep a file, or a folder's list of names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

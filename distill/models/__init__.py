@@ -1,0 +1,1 @@
+"""The networks: SK-ResNet, projection head, and the classifier form in which teachers and students meet the rest."""

@@ -1,0 +1,61 @@
+"""A trained classifier on disk: teachers and students alike. The manifest says how to build the network that the weights fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distill.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from distill.config import Section, validate
+from distill.errors import CheckpointError
+from distill.models.classifier import Classifier, build_classifier
+from distill.models.settings import NetworkSettings
+from distill.teacher_info import Preprocessing
+
+CLASSIFIER = "classifier"
+"""`kind` in the manifest."""
+
+
+class ClassifierCard(Section):
+    """What a saved classifier is."""
+
+    network: NetworkSettings
+    """Its network."""
+    num_head_layers: int = 0
+    """Layers of the projection head between backbone and classifier."""
+    class_names: tuple[str, ...]
+    """Names of the K classes, in the order of the logits."""
+    preprocessing: Preprocessing
+    """The contract between an image and the network."""
+    origin: dict[str, Any] = {}
+    """Where it came from: parent checkpoint, settings, metrics."""
+
+
+@dataclass(frozen=True)
+class SavedClassifier:
+    """A classifier read back."""
+
+    network: Classifier
+    card: ClassifierCard
+
+
+def save_classifier(folder: Path, network: Classifier, card: ClassifierCard) -> None:
+    """Write weights and card; `folder` holds the whole of it or what was there before."""
+    save_checkpoint(folder, network.state_dict(), {"kind": CLASSIFIER, "card": card.model_dump(mode="json")})
+
+
+def load_classifier(folder: Path) -> SavedClassifier:
+    """Build the network that the card names and load its weights, in evaluation mode.
+
+    Raises:
+        CheckpointError: no checkpoint there, damaged, of another kind, or weights that do not fit the card.
+    """
+    found = load_checkpoint(folder)
+    if found.manifest.get("kind") != CLASSIFIER:
+        raise CheckpointError(f"{folder} holds a {found.manifest.get('kind')!r} checkpoint, not a classifier")
+    card = validate(ClassifierCard, found.manifest["card"], origin=f"the card in {folder}")
+    network = build_classifier(card.network, len(card.class_names), card.preprocessing, card.num_head_layers)
+    load_weights(network, found.weights, str(folder))
+    network.eval()
+    return SavedClassifier(network, card)

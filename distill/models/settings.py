@@ -1,0 +1,39 @@
+"""Which network: the settings that name one, shared by teachers and students."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from distill.config import Section
+
+DEPTHS = (10, 14, 18, 26, 34, 50, 101, 152, 200)
+
+
+class NetworkSettings(Section):
+    """One network: our SK-ResNet, or one of timm's by name."""
+
+    name: str = "resnet"
+    """`resnet` (ours, shaped by the fields below) or `timm:NAME` (extra `timm`)."""
+    depth: int = 18
+    """Layers of the ResNet: 18, 34, 50, 101, 152, 200 as in the paper; 10, 14, 26 are small ones. From 14 upwards those with bottleneck blocks (14, 26, 50 and deeper) can have selective kernels."""
+    width_multiplier: float = Field(default=1.0, gt=0, le=16)
+    """All channel counts are multiplied by it; the paper uses 1, 2 and 3."""
+    sk_ratio: float = Field(default=0.0, ge=0, le=1)
+    """Squeezed width of selective kernels; 0 for none, the paper's is 0.0625."""
+    stem: Literal["imagenet", "cifar"] = "imagenet"
+    """`cifar` for small images: a 3x3 convolution of stride 1 and no pool."""
+
+    @field_validator("depth")
+    @classmethod
+    def _known_depth(cls, depth: int) -> int:
+        if depth not in DEPTHS:
+            raise ValueError(f"depth is one of {', '.join(map(str, DEPTHS))}")
+        return depth
+
+    @model_validator(mode="after")
+    def _known_name(self) -> Self:
+        if self.name != "resnet" and not self.name.startswith("timm:"):
+            raise ValueError("name is 'resnet' or 'timm:NAME'")
+        return self
