@@ -1,0 +1,74 @@
+"""From settings to sources: the image sets of a run, and the labelled subset that fine-tuning may look at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from distill.config import digest_of
+from distill.data_settings import DataSettings, ImagesSettings
+from distill.errors import SourceError
+from distill.sources import ImageRecord, ShardInfo, Source, labelled_subset, open_source, scan_labels
+
+
+def open_images(images: ImagesSettings, data: DataSettings) -> Source:
+    """Open one set of images.
+
+    Raises:
+        SourceError: see `open_source`.
+    """
+    return open_source(
+        images.path,
+        class_names=tuple(data.class_names) if data.class_names else None,
+        records_per_shard=images.records_per_shard,
+        image_column=images.image_column,
+        label_column=images.label_column,
+        id_column=images.id_column,
+    )
+
+
+class ChosenImages:
+    """Some of a source's images, held in memory as one shard."""
+
+    def __init__(self, origin: Source, image_ids: Sequence[str]) -> None:
+        wanted = set(image_ids)
+        self._records = [r for shard in range(len(origin.shards)) for r in origin.read_shard(shard) if r.image_id in wanted]
+        self.shards = (ShardInfo("chosen", len(self._records)),)
+        self.class_names = origin.class_names
+        self.num_images = len(self._records)
+        self._digest = digest_of([origin.digest(), sorted(wanted)])
+
+    def read_shard(self, index: int) -> list[ImageRecord]:
+        """All records."""
+        return self._records
+
+    def read_labels(self, index: int) -> list[tuple[str, int | None]]:
+        """(image_id, label) of all records."""
+        return [(record.image_id, record.label) for record in self._records]
+
+    def digest(self) -> str:
+        """Names the origin and the choice."""
+        return self._digest
+
+
+def open_labelled_subset(data: DataSettings, seed: int) -> Source:
+    """The labelled images that the run may use: `data.label_fraction` of each class, the same ones for teacher and control.
+
+    Raises:
+        SourceError: labels missing, one class only, or a fraction that leaves a class without an image.
+    """
+    source = open_images(data.labelled, data)
+    return ChosenImages(source, labelled_subset(scan_labels(source), data.label_fraction, seed))
+
+
+def class_names_of(data: DataSettings) -> tuple[str, ...]:
+    """Names of the K classes: from the settings, from the labelled source, else the numbers that its labels use.
+
+    Raises:
+        SourceError: see `scan_labels`.
+    """
+    source = open_images(data.labelled, data)
+    if source.class_names is not None:
+        if len(source.class_names) < 2:
+            raise SourceError(f"{data.labelled.path} has one class only ({source.class_names[0]!r}); a classifier needs two or more")
+        return source.class_names
+    return tuple(str(label) for label in range(max(scan_labels(source).values()) + 1))

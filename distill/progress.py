@@ -1,0 +1,91 @@
+"""Long work shows itself: one line with what is done, the rate and the time left.
+
+On a terminal it is a live bar; anywhere else (a log, CI) a plain line every few seconds.
+"""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
+
+console = Console(highlight=False, soft_wrap=True)
+"""Where the command line speaks to its user."""
+
+PLAIN_EVERY_S = 10.0
+
+
+class ProgressLine:
+    """`with ProgressLine("pretrain", total=1000, unit="images") as line: line.update(64, "loss 2.31")`."""
+
+    def __init__(self, title: str, total: int, unit: str = "images") -> None:
+        self.title = title
+        self.total = total
+        self.unit = unit
+        self.done = 0
+        self._skipped = 0
+        self._note = ""
+        self._started = self._said = time.monotonic()
+        self._live: Progress | None = None
+
+    def __enter__(self) -> Self:
+        self._started = self._said = time.monotonic()
+        if console.is_terminal:
+            columns = (
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
+            self._live = Progress(*columns, console=console, transient=True)
+            self._task = self._live.add_task(self.title, total=self.total, note="")
+            self._live.start()
+        return self
+
+    def skip(self, count: int) -> None:
+        """Count work that was done before (a resumed run) without letting it into the rate."""
+        self.done += count
+        self._skipped += count
+
+    def update(self, count: int, note: str = "") -> None:
+        """`count` more units are done; `note` is shown behind the rate."""
+        self.done += count
+        self._note = note or self._note
+        if self._live is not None:
+            self._live.update(self._task, completed=self.done, note=self.describe())
+        elif time.monotonic() - self._said >= PLAIN_EVERY_S:
+            self._said = time.monotonic()
+            console.print(f"  {self.title}: {self.done}/{self.total} {self.unit}, {self.describe()}")
+
+    @property
+    def rate(self) -> float:
+        """Units a second since the start."""
+        return (self.done - self._skipped) / max(time.monotonic() - self._started, 1e-9)
+
+    def describe(self) -> str:
+        """Rate, time left and the note."""
+        left_s = (self.total - self.done) / self.rate if self.rate > 0 else 0.0
+        return f"{self.rate:.0f} {self.unit}/s, {duration(left_s)} left" + (f", {self._note}" if self._note else "")
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._live is not None:
+            self._live.stop()
+        if error is None and self.done > self._skipped:
+            took = duration(time.monotonic() - self._started)
+            console.print(
+                f"  {self.title}: {self.done} {self.unit} in {took}, {self.rate:.0f}/s" + (f", {self._note}" if self._note else "")
+            )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 8 s, 3 min 20 s, 2 h 05 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
