@@ -1,0 +1,72 @@
+"""What the teacher, the students and the controls are worth on the test images, and how near the students are to the teacher.
+
+Shapes: N images, K classes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distill.data_settings import DataSettings
+from distill.errors import SourceError
+from distill.evaluation import evaluate_on, evaluation_batches, network_logits
+from distill.image_sets import open_images
+from distill.label_metrics import FloatArray, IntArray, agreement, score
+from distill.loader import UNLABELLED
+from distill.models.saved_classifier import load_classifier
+from distill.rejections import RejectionLog
+from teacher_server.address import TeacherAddress, open_teacher
+
+
+def evaluate_all(
+    teacher: TeacherAddress, students: dict[str, Path], controls: dict[str, Path], data: DataSettings, rejections: RejectionLog
+) -> dict[str, Any]:
+    """Scores of everyone on the same crops.
+
+    Args:
+        students, controls: name -> folder of a saved classifier.
+
+    Returns:
+        Plain data: `teacher` scores; for each student its scores, agreement and KL to the teacher; the same for the controls.
+
+    Raises:
+        SourceError: test images without labels.
+    """
+    test = open_images(data.test, data)
+    teacher_NK, labels_N = asyncio.run(_ask_teacher(teacher, data, rejections))
+    if (labels_N == UNLABELLED).any():
+        raise SourceError(
+            f"{data.test.path}: {int((labels_N == UNLABELLED).sum())} test images have no label; evaluation needs all of them"
+        )
+
+    def judge(folder: Path) -> dict[str, Any]:
+        network = load_classifier(folder).network
+        logits_NK, _ = evaluate_on(network_logits(network), test, data, rejections)
+        return {
+            "scores": score(logits_NK, labels_N).model_dump(),
+            "to_teacher": agreement(teacher_NK, logits_NK).model_dump(),
+            "num_parameters": sum(parameter.numel() for parameter in network.parameters()),
+        }
+
+    return {
+        "teacher": {"scores": score(teacher_NK, labels_N).model_dump()},
+        "students": {name: judge(folder) for name, folder in students.items()},
+        "controls": {name: judge(folder) for name, folder in controls.items()},
+    }
+
+
+async def _ask_teacher(address: TeacherAddress, data: DataSettings, rejections: RejectionLog) -> tuple[FloatArray, IntArray]:
+    """(logits float32 [N,K], labels int64 [N]) from the served teacher: what is judged is what labels."""
+    backend = open_teacher(address)
+    logits, labels = [], []
+    try:
+        for batch in evaluation_batches(open_images(data.test, data), data, rejections):
+            logits.append(await backend.logits(batch.crops_VBHWC[0]))
+            labels.append(batch.labels_B)
+    finally:
+        await backend.close()
+    return np.concatenate(logits), np.concatenate(labels)

@@ -1,0 +1,77 @@
+"""A Ray cluster for the time of a `with` block: the one that is given, or one on this machine that leaves nothing behind.
+
+A local cluster listens on loopback only and answers only to a token made for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+from ray._raylet import AuthenticationTokenLoader, Config
+
+from distill.errors import ServerStartError
+from student_trainer.settings import RaySettings
+
+OBJECT_STORE_BYTES = 256 * 2**20
+"""Local cluster: crops and labels do not go through the object store, so a small one is enough."""
+
+
+@contextmanager
+def ray_session(settings: RaySettings) -> Iterator[None]:
+    """Connect to `settings.address`, or start a cluster here and stop it at the end. Inside another session it does nothing.
+
+    Raises:
+        ServerStartError: no cluster at that address, or none could be started.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="distill-ray-") as private:
+        try:
+            if settings.address:
+                ray.init(settings.address, log_to_driver=False, logging_level=logging.ERROR)
+            else:
+                _start_local(settings, Path(private))
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ServerStartError(f"no Ray cluster ({settings.address or 'local'}): {error}") from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _start_local(settings: RaySettings, private: Path) -> None:
+    token = private / "token"
+    token.write_text(secrets.token_hex(32))
+    token.chmod(0o600)
+    # Read by Ray when it starts its processes; this is its documented way to set them.
+    os.environ.update(
+        {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # makes a single-node cluster listen on 127.0.0.1 only
+            "RAY_TRAIN_V2_ENABLED": "1",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a worker without GPU still sees what its environment shows
+        }
+    )
+    # Ray reads its environment when it is imported; this is how it takes notice of a change (its own `_enable_token_auth` does the same).
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+    # Ray's own processes and one CPU for each worker at least, however few this machine has: workers may share cores.
+    cpus = max(os.cpu_count() or 1, int(settings.num_workers * settings.cpus_per_worker) + 1)
+    ray.init(
+        num_cpus=cpus,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        object_store_memory=OBJECT_STORE_BYTES,
+        _node_ip_address="127.0.0.1",
+    )

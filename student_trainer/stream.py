@@ -1,0 +1,153 @@
+"""Batches with soft labels, in the plan's order, asked for ahead of the training step.
+
+A feeder thread takes batches of crops from the loader and starts the labelling of each on an event loop of its own; a bounded queue holds
+them in order, so that answers may come out of order and batches do not, and no more than `in_flight` wait for the teacher.
+
+Unit of data: `LabelledBatch`. Shapes: B images, K classes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self, TypeAlias, TypeVar
+
+from distill.loader import CropBatch, CropLoader
+from distill.soft_labels import FloatArray
+from student_trainer.label_path import LabelPath, LabelRules
+from student_trainer.store import SoftLabelStore
+from student_trainer.waits import Waits
+from teacher_server.backend import TeacherBackend
+
+POLL_S = 0.1
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class LabelledBatch:
+    """Crops and what a student is to learn about them."""
+
+    crops: CropBatch
+    logits_BK: FloatArray | None
+    """The teacher's logits; None for the control, which trains on the labels of the crops."""
+    num_asked: int
+    """How many of the labels came from the teacher; the others were in the store."""
+
+
+Item: TypeAlias = Future[LabelledBatch] | BaseException | None
+"""In the queue: a batch being labelled, what stopped the feeder, or the end of the epoch."""
+
+
+class LabelledStream:
+    """One worker's stream. Use as a context manager: leaving it commits what is pending and closes the teacher's connection.
+
+    Args:
+        open_backend: makes the teacher's client; called on the stream's own event loop.
+    """
+
+    def __init__(
+        self, loader: CropLoader, store: SoftLabelStore, open_backend: Callable[[], TeacherBackend], rules: LabelRules, in_flight: int
+    ) -> None:
+        self.loader = loader
+        self.waits = Waits()
+        self._in_flight = in_flight
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="labels", daemon=True)
+        self._thread.start()
+        self.path: LabelPath = self._on_loop(self._make_path(store, open_backend, rules))
+
+    async def _make_path(self, store: SoftLabelStore, open_backend: Callable[[], TeacherBackend], rules: LabelRules) -> LabelPath:
+        return LabelPath(store, open_backend(), rules)
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[LabelledBatch]:
+        """The labelled batches of an epoch from `start_step` on.
+
+        Raises:
+            what the loader and the label path raise, at the batch that it befell.
+        """
+        ahead: queue.Queue[Item] = queue.Queue(maxsize=self._in_flight)
+        stop = threading.Event()
+        feeder = threading.Thread(target=self._feed, args=(epoch, start_step, ahead, stop), name="feeder", daemon=True)
+        feeder.start()
+        try:
+            while True:
+                asked_at = time.monotonic()
+                item = ahead.get()
+                made_at = time.monotonic()
+                self.waits = self.waits.plus("decode", made_at - asked_at)
+                if item is None:
+                    return
+                if isinstance(item, BaseException):
+                    raise item
+                batch = item.result()
+                handed_at = time.monotonic()
+                self.waits = self.waits.plus("teacher" if batch.num_asked else "store", handed_at - made_at)
+                yield batch
+                self.waits = self.waits.plus("student", time.monotonic() - handed_at)
+        finally:
+            stop.set()
+            while feeder.is_alive():
+                _drain(ahead)
+                feeder.join(POLL_S)
+            _drain(ahead)
+
+    def _feed(self, epoch: int, start_step: int, ahead: queue.Queue[Item], stop: threading.Event) -> None:
+        def put(item: Item) -> None:
+            while not stop.is_set():
+                try:
+                    return ahead.put(item, timeout=POLL_S)
+                except queue.Full:
+                    continue
+
+        try:
+            for batch in self.loader.epoch(epoch, start_step):
+                if stop.is_set():
+                    return
+                put(asyncio.run_coroutine_threadsafe(self._label(batch), self._loop))
+            put(None)
+        except BaseException as error:  # carried to the training loop, raised there
+            put(error)
+
+    async def _label(self, batch: CropBatch) -> LabelledBatch:
+        logits_BK, num_asked = await self.path.labels(batch)
+        return LabelledBatch(batch, logits_BK, num_asked)
+
+    def commit(self) -> None:
+        """Commit every label that was asked for so far."""
+        self._on_loop(self._commit())
+
+    async def _commit(self) -> None:
+        self.path.commit()
+
+    def _on_loop(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self.commit()
+            self._on_loop(self.path.teacher.close())
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+
+def _drain(ahead: queue.Queue[Item]) -> None:
+    """Throw away what is queued; work that has begun is cancelled."""
+    while True:
+        try:
+            item = ahead.get_nowait()
+        except queue.Empty:
+            return
+        if isinstance(item, Future):
+            item.cancel()
