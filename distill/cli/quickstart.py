@@ -1,0 +1,98 @@
+"""`distill quickstart`: the whole line on one run file, each step said aloud, ending with a table and a report."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.table import Table
+
+from distill.cli import verbs
+from distill.cli.run import Run
+from distill.cli.verbs import Result, served_teacher
+from distill.errors import DistillError
+from distill.image_sets import open_images
+from distill.progress import console, duration
+from student_trainer.ray_session import ray_session
+from teacher_server.address import TeacherAddress
+
+
+def quickstart(run: Run) -> None:
+    """Images to edge students. What is there with the same settings is reused."""
+    started = time.monotonic()
+    file = run.file
+    unlabelled = open_images(file.data.unlabelled, file.data)
+    console.print(f"run {run.folder}: {unlabelled.num_images} unlabelled images, {len(run.class_names)} classes, {file.data.image_size} px")
+    if file.import_:
+        verbs.import_teacher(run)
+    else:
+        verbs.pretrain(run)
+        verbs.finetune(run)
+    verbs.export_teacher(run)
+    if run.evaluate.result() is None:
+        _serve_and_train(run)
+    else:
+        for stage in (run.train, run.evaluate):
+            console.print(f"[bold]{stage.name}[/bold]: done before with these settings, reused ({stage.folder})")
+    verbs.export_student(run)
+    made = verbs.report(run)
+    console.print(result_table(verbs.gather(run)))
+    console.print(f"done in {duration(time.monotonic() - started)}; report: {Path(made['html']).absolute()}")
+
+
+def _serve_and_train(run: Run) -> None:
+    from teacher_server.serve import Gateway
+
+    console.print("[bold]serve[/bold]: starting the teacher")
+    settings = run.file.server.replace(port=0)  # a free port: several runs may share this machine
+    with served_teacher(run) as served:
+        with Gateway(served.connect, settings) as gateway:
+            show_one_request(run, gateway.url)
+        with ray_session(run.file.ray):
+            _train_and_evaluate(run, served.address)
+
+
+def _train_and_evaluate(run: Run, teacher: TeacherAddress) -> Result:
+    verbs.train(run, teacher)
+    return verbs.evaluate(run, teacher)
+
+
+def show_one_request(run: Run, url: str) -> None:
+    """Send the first test image to the gateway and show question and answer."""
+    record = open_images(run.file.data.test, run.file.data).read_shard(0)[0]
+    kind = "jpeg" if record.data[:2] == b"\xff\xd8" else "webp" if record.data[:4] == b"RIFF" else "png"
+    query = {"temperature": 2, "top_k": 3, "names": "true"}
+    try:
+        answer = httpx.post(
+            f"{url}/v1/soft-labels", params=query, content=record.data, headers={"Content-Type": f"image/{kind}"}, timeout=30
+        )
+        answer.raise_for_status()
+    except httpx.HTTPError as error:
+        raise DistillError(f"the gateway at {url} did not answer the first request: {error}") from error
+    console.print(
+        f"  $ curl --data-binary @{Path(record.image_id).name} -H 'Content-Type: image/{kind}' '{answer.request.url}'", markup=False
+    )
+    console.print(f"  {answer.text.strip()}", markup=False)
+
+
+def result_table(gathered: dict[str, Any]) -> Table:
+    """Teacher, students and controls in one table."""
+    scores = gathered["stages"]["evaluate"]
+    table = Table(title="on the test images")
+    for heading in ("network", "parameters", "top-1", "ECE", "agrees with teacher", "KL to teacher"):
+        table.add_column(heading, justify="left" if heading == "network" else "right")
+    table.add_row("teacher", "", f"{scores['teacher']['scores']['top1']:.1%}", f"{scores['teacher']['scores']['ece']:.3f}", "", "")
+    for group, title in (("students", "distilled"), ("controls", "labels only")):
+        for name, entry in scores[group].items():
+            near = entry["to_teacher"]
+            table.add_row(
+                f"{name}, {title}",
+                f"{entry['num_parameters']:,}",
+                f"{entry['scores']['top1']:.1%}",
+                f"{entry['scores']['ece']:.3f}",
+                f"{near['top1_agreement']:.1%}",
+                f"{near['kl']:.3f}",
+            )
+    return table

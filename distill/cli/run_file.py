@@ -1,0 +1,54 @@
+"""The run file: every setting of a run, one section for each stage. `docs/run_file.md` is made from these classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import ConfigDict, Field
+
+from distill.config import Section, load_run_file
+from distill.data_settings import DataSettings
+from export.settings import ImportSettings, StudentExportSettings, TeacherExportSettings
+from student_trainer.settings import RaySettings, StoreSettings, TrainSettings
+from teacher_server.settings import ServerSettings
+from teacher_trainer.settings import FinetuneSettings, PretrainSettings
+
+
+class RunFile(Section):
+    """One run, from images to edge students."""
+
+    model_config = ConfigDict(**{**Section.model_config, "populate_by_name": True})
+
+    run_dir: str
+    """Folder of everything that the run makes. Relative to where `distill` is started."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of crops, order, label choice and initial weights."""
+    data: DataSettings
+    """The images."""
+    pretrain: PretrainSettings = PretrainSettings()
+    """Stage 1: contrastive pretraining of the teacher, without labels."""
+    finetune: FinetuneSettings = FinetuneSettings()
+    """Stage 2: fine-tuning of the teacher on few labels."""
+    import_: ImportSettings | None = Field(default=None, alias="import")
+    """A teacher that was trained elsewhere; stages 1 and 2 are then left out."""
+    teacher: TeacherExportSettings = TeacherExportSettings()
+    """Export of the teacher: parity gate and model repository."""
+    server: ServerSettings = ServerSettings()
+    """The served teacher and its REST gateway."""
+    store: StoreSettings = StoreSettings()
+    """The soft-label store."""
+    ray: RaySettings = RaySettings()
+    """The Ray cluster."""
+    train: TrainSettings
+    """Stage 3: the students."""
+    edge: StudentExportSettings = StudentExportSettings()
+    """Export of the students."""
+
+
+def read_run_file(path: Path, overrides: list[str]) -> RunFile:
+    """The run file with the overrides applied.
+
+    Raises:
+        ConfigError: see `load_run_file`.
+    """
+    return load_run_file(RunFile, path, overrides)
