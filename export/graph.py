@@ -1,0 +1,204 @@
+"""network -> ONNX graph, for the teacher (crops and temperature in, logits and soft labels out) and for the student (crops in, logits out).
+
+Unit of data: one network, one file. Every network takes uint8 crops and normalises them itself, so the graph does too.
+The bytes of the file are a function of the network alone: two processes write the same file, which is what the fingerprint stands on.
+
+Shapes: B crops of a batch (dynamic, 1 to 4096), H W pixels, C = 3 channels, K classes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from distill.errors import ConfigError, DistillError
+
+IMAGES = "images"
+"""Input, uint8 [B,H,W,3]: RGB crops."""
+TEMPERATURE = "temperature"
+"""Input of the teacher, float32 [B,1]: one temperature a crop, so that requests with different ones share a batch."""
+LOGITS = "logits"
+"""Output, float32 [B,K]."""
+SOFT_LABELS = "soft_labels"
+"""Output of the teacher, float32 [B,K]: softmax(logits / temperature)."""
+
+MAX_BATCH = 4096
+MAX_FILE_BYTES = 2**31 - 2**20
+"""A protobuf message ends at 2 GiB; the rest is left for the graph around the weights."""
+
+_log = logging.getLogger(__name__)
+
+
+class TeacherGraph(nn.Module):
+    """A classifier with the softmax at a temperature behind it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, crops_BHWC: Tensor, temperature_B1: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 crops [B,H,W,3] and float32 temperatures [B,1] -> float32 logits [B,K] and soft labels [B,K]."""
+        logits_BK = self.network(crops_BHWC)
+        return logits_BK, torch.softmax(logits_BK / temperature_B1, dim=1)
+
+
+def export_teacher_graph(network: nn.Module, image_size: int, path: Path, *, opset: int = 20) -> None:
+    """Write `network` (uint8 [B,H,W,3] -> logits [B,K]) as the teacher graph.
+
+    The network is exported in evaluation mode; its own mode is restored afterwards.
+
+    Raises:
+        ConfigError: the weights do not fit into one ONNX file.
+        DistillError: the network has something that ONNX cannot say.
+    """
+    example = (_example_crops(image_size), torch.ones(2, 1))
+    _export(TeacherGraph(network), example, path, [IMAGES, TEMPERATURE], [LOGITS, SOFT_LABELS], opset)
+
+
+def export_student_graph(network: nn.Module, image_size: int, path: Path, *, opset: int = 20) -> None:
+    """Write `network` (uint8 [B,H,W,3] -> logits [B,K]) as the student graph: crops in, logits out. Raises as `export_teacher_graph`."""
+    _export(network, (_example_crops(image_size),), path, [IMAGES], [LOGITS], opset)
+
+
+def _example_crops(image_size: int) -> Tensor:
+    # Two, not one: torch.export takes a dimension of size 1 for a constant, even where min=1 is declared dynamic.
+    return torch.zeros(2, image_size, image_size, 3, dtype=torch.uint8)
+
+
+def _export(network: nn.Module, example: tuple[Tensor, ...], path: Path, inputs: list[str], outputs: list[str], opset: int) -> None:
+    size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in [*network.parameters(), *network.buffers()])
+    if size_bytes > MAX_FILE_BYTES:
+        raise ConfigError(f"the network has {size_bytes} bytes of weights; one ONNX file holds {MAX_FILE_BYTES}: choose a smaller network")
+    batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
+    with evaluating(network), _quiet(), torch.no_grad():
+        try:
+            program = torch.onnx.export(
+                network,
+                tuple(tensor.to(device_of(network)) for tensor in example),
+                dynamo=True,
+                input_names=inputs,
+                output_names=outputs,
+                dynamic_shapes=tuple({0: batch} for _ in example),
+                opset_version=opset,
+                external_data=False,
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise DistillError(f"the network cannot be written as ONNX opset {opset}: {first_line(error)}") from error
+    if program is None:
+        raise DistillError("torch.onnx.export gave no program")
+    model = program.model_proto
+    strip_descriptions(model)
+    save_model(model, path)
+
+
+def strip_descriptions(model: onnx.ModelProto) -> None:
+    """Remove, in place, all that says how the graph came about (stack traces, file names, versions) and not what it computes."""
+    model.doc_string = ""
+    model.producer_name = "distill"
+    model.producer_version = ""
+    del model.metadata_props[:]
+    _strip_graph(model.graph)
+    model.graph.name = "classifier"
+    for function in model.functions:
+        function.doc_string = ""
+        del function.metadata_props[:]
+
+
+def _strip_graph(graph: onnx.GraphProto) -> None:
+    graph.doc_string = ""
+    del graph.metadata_props[:]
+    for value in [*graph.input, *graph.output, *graph.value_info, *graph.initializer]:
+        value.doc_string = ""
+        del value.metadata_props[:]
+    for node in graph.node:
+        node.doc_string = ""
+        del node.metadata_props[:]
+        # The exporter keeps attributes in the order of a set, which differs from process to process.
+        attributes = sorted(node.attribute, key=lambda attribute: attribute.name)
+        del node.attribute[:]
+        node.attribute.extend(attributes)
+        for attribute in node.attribute:
+            attribute.doc_string = ""
+            for subgraph in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
+                _strip_graph(subgraph)
+
+
+def save_model(model: onnx.ModelProto, path: Path) -> None:
+    """Check `model` and write it under a temporary name that is then renamed: a crash leaves the old file or the new one.
+
+    Raises:
+        ConfigError: the model does not fit into one ONNX file.
+        DistillError: the ONNX checker refuses the graph.
+    """
+    if model.ByteSize() > MAX_FILE_BYTES:
+        raise ConfigError(
+            f"{path.name} would have {model.ByteSize()} bytes; one ONNX file holds {MAX_FILE_BYTES}: choose a smaller network"
+        )
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise DistillError(f"{path.name} would be no valid ONNX model: {first_line(error)}") from error
+    write_atomically(path, model.SerializeToString(deterministic=True))
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write `content` to `path`, on disk before it bears its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pending = path.with_name(f".{path.name}.{os.getpid()}.pending")
+    try:
+        with pending.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        pending.replace(path)
+    finally:
+        pending.unlink(missing_ok=True)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a foreign error's message that says something."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """Where the network's weights are; the CPU if it has none."""
+    return next((tensor.device for tensor in [*network.parameters(), *network.buffers()]), torch.device("cpu"))
+
+
+@contextlib.contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the while: a network in training mode exports silently, with the batch's own statistics in its BatchNorm."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Send the exporter's chatter to our log; only warnings that are known and harmless are silenced."""
+    exporter = logging.getLogger("torch.onnx._internal.exporter")
+    level, spoken = exporter.level, io.StringIO()
+    exporter.setLevel(logging.ERROR)  # "torchvision is not installed. Skipping torchvision::nms"
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(spoken):
+            warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning)
+            warnings.filterwarnings("ignore", message=r"# The axis name: batch will not be used", category=UserWarning)
+            yield
+    finally:
+        exporter.setLevel(level)
+        for line in spoken.getvalue().splitlines():
+            _log.debug("torch.onnx: %s", line)
