@@ -98,7 +98,7 @@ def load_weights(network: torch.nn.Module, weights: dict[str, Tensor], origin: s
 
 
 def replace_folder(pending: Path, folder: Path) -> None:
-    """Put a finished folder in another's place. A crash in between leaves the old one under `.NAME.old`; `recover_folder` brings it back."""
+    """Put a finished folder in another's place. A crash in between leaves the old one as `.NAME.old`; `recover_folder` brings it back."""
     old = folder.with_name(f".{folder.name}.old")
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)

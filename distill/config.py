@@ -32,7 +32,7 @@ class Section(BaseModel):
 
     def replace(self, **changes: Any) -> Self:
         """A validated copy with some fields changed."""
-        return type(self).model_validate({**self.model_dump(), **changes})
+        return type(self).model_validate({**{name: getattr(self, name) for name in type(self).model_fields}, **changes}, by_name=True)
 
 
 def digest_of(value: Any) -> str:

@@ -10,15 +10,28 @@ from distill.errors import SourceError
 from distill.sources import ImageRecord, ShardInfo, Source, labelled_subset, open_source, scan_labels
 
 
-def open_images(images: ImagesSettings, data: DataSettings) -> Source:
-    """Open one set of images.
+def open_unlabelled(data: DataSettings) -> Source:
+    """The unlabelled images. What their folders or files say of classes is not looked at.
 
     Raises:
         SourceError: see `open_source`.
     """
+    return _open(data.unlabelled, None)
+
+
+def open_labelled(images: ImagesSettings, data: DataSettings) -> Source:
+    """A labelled set, its labels counted in `data.class_names`, so that a class that it lacks does not move the others.
+
+    Raises:
+        SourceError: see `open_source`.
+    """
+    return _open(images, tuple(data.class_names) if data.class_names else None)
+
+
+def _open(images: ImagesSettings, class_names: tuple[str, ...] | None) -> Source:
     return open_source(
         images.path,
-        class_names=tuple(data.class_names) if data.class_names else None,
+        class_names=class_names,
         records_per_shard=images.records_per_shard,
         image_column=images.image_column,
         label_column=images.label_column,
@@ -56,7 +69,7 @@ def open_labelled_subset(data: DataSettings, seed: int) -> Source:
     Raises:
         SourceError: labels missing, one class only, or a fraction that leaves a class without an image.
     """
-    source = open_images(data.labelled, data)
+    source = open_labelled(data.labelled, data)
     return ChosenImages(source, labelled_subset(scan_labels(source), data.label_fraction, seed))
 
 
@@ -66,7 +79,7 @@ def class_names_of(data: DataSettings) -> tuple[str, ...]:
     Raises:
         SourceError: see `scan_labels`.
     """
-    source = open_images(data.labelled, data)
+    source = open_labelled(data.labelled, data)
     if source.class_names is not None:
         if len(source.class_names) < 2:
             raise SourceError(f"{data.labelled.path} has one class only ({source.class_names[0]!r}); a classifier needs two or more")

@@ -169,6 +169,6 @@ class _ShardCache:
         if mine:
             try:
                 future.set_result(self._source.read_shard(shard))
-            except BaseException as error:  # handed to every waiting thread, then raised in each of them
+            except BaseException as error:  # noqa: BLE001 - handed to every waiting thread, then raised in each of them
                 future.set_exception(error)
         return future.result()[row]

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import Any, TypeAlias
 
 import ray
-from ray.actor import ActorHandle
 
 from distill import errors
 from distill.errors import DistillError
 
+BoardHandle: TypeAlias = Any
+"""Ray's handle of a `Board` (its generic type says nothing of the methods)."""
 
-@ray.remote(num_cpus=0, max_concurrency=8)
+
 class Board:
     """The actor. Rows are plain data; each is read once."""
 
@@ -45,13 +46,18 @@ class Board:
             return self._failure
 
 
-def report_failure(board: ActorHandle, error: DistillError) -> None:
+def start_board() -> BoardHandle:
+    """A new board in the cluster."""
+    return ray.remote(Board).options(num_cpus=0, max_concurrency=8).remote()
+
+
+def report_failure(board: BoardHandle, error: DistillError) -> None:
     """Carry a typed error to the driver, past Ray's wrapping."""
     ray.get(board.fail.remote(type(error).__name__, str(error)))
 
 
-def raise_failure(board: ActorHandle) -> None:
+def raise_failure(board: BoardHandle) -> None:
     """Raise what a worker reported, as the class it was; return if nothing was."""
-    found = ray.get(board.failure.remote())
+    found: tuple[str, str] | None = ray.get(board.failure.remote())
     if found is not None:
         raise getattr(errors, found[0], DistillError)(found[1])

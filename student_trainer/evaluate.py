@@ -14,7 +14,7 @@ import numpy as np
 from distill.data_settings import DataSettings
 from distill.errors import SourceError
 from distill.evaluation import evaluate_on, evaluation_batches, network_logits
-from distill.image_sets import open_images
+from distill.image_sets import open_labelled
 from distill.label_metrics import FloatArray, IntArray, agreement, score
 from distill.loader import UNLABELLED
 from distill.models.saved_classifier import load_classifier
@@ -36,7 +36,7 @@ def evaluate_all(
     Raises:
         SourceError: test images without labels.
     """
-    test = open_images(data.test, data)
+    test = open_labelled(data.test, data)
     teacher_NK, labels_N = asyncio.run(_ask_teacher(teacher, data, rejections))
     if (labels_N == UNLABELLED).any():
         raise SourceError(
@@ -64,7 +64,7 @@ async def _ask_teacher(address: TeacherAddress, data: DataSettings, rejections: 
     backend = open_teacher(address)
     logits, labels = [], []
     try:
-        for batch in evaluation_batches(open_images(data.test, data), data, rejections):
+        for batch in evaluation_batches(open_labelled(data.test, data), data, rejections):
             logits.append(await backend.logits(batch.crops_VBHWC[0]))
             labels.append(batch.labels_B)
     finally:

@@ -17,14 +17,13 @@ import numpy.typing as npt
 import ray
 import ray.data
 import ray.exceptions
-from ray.actor import ActorHandle
 
 from distill.errors import DistillError
-from distill.image_sets import open_images
+from distill.image_sets import open_unlabelled
 from distill.loader import CropLoader, LoaderSettings
 from distill.progress import ProgressLine
 from distill.rejections import RejectionLog
-from student_trainer.board import Board, raise_failure, report_failure
+from student_trainer.board import BoardHandle, raise_failure, report_failure, start_board
 from student_trainer.job import TrainJob
 from student_trainer.label_path import LabelPath
 from student_trainer.ray_session import ray_session
@@ -36,7 +35,7 @@ from teacher_server.address import open_teacher
 class LabelUnits:
     """The actor: labels one unit after another, several requests of a unit in flight."""
 
-    def __init__(self, job: dict[str, Any], board: ActorHandle) -> None:
+    def __init__(self, job: dict[str, Any], board: BoardHandle) -> None:
         self._job = TrainJob.model_validate(job)
         self._board = board
         self._runner = asyncio.Runner()
@@ -44,7 +43,7 @@ class LabelUnits:
         self._path = self._runner.run(self._open())
         train, data = self._job.train, self._job.data
         loading = LoaderSettings(self._job.seed, train.global_batch, drop_last=False, shuffle=False, num_threads=data.num_threads)
-        source = open_images(data.unlabelled, data)
+        source = open_unlabelled(data)
         self._loader = CropLoader(source, self._job.recipe, loading, lambda epoch: (epoch,), self._rejections)
 
     async def _open(self) -> LabelPath:
@@ -93,7 +92,7 @@ def label_images(job: TrainJob, settings: RaySettings) -> dict[str, Any]:
     assert job.store_folder is not None
     assert job.store_identity is not None
     store = SoftLabelStore(Path(job.store_folder), job.store_identity)
-    sizes = [shard.num_records for shard in open_images(job.data.unlabelled, job.data).shards]
+    sizes = [shard.num_records for shard in open_unlabelled(job.data).shards]
     units, skipped = _units_left(store, sizes, job.train.num_views)
     totals = {"images": skipped, "asked": 0, "from_store": skipped}
     with ProgressLine("label", sum(sizes) * job.train.num_views) as line:
@@ -125,7 +124,7 @@ def _units_left(store: SoftLabelStore, sizes: list[int], num_views: int) -> tupl
 def _label_units(job: TrainJob, settings: RaySettings, units: list[dict[str, int]]) -> Any:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    board = Board.remote()
+    board = start_board()
     dataset = ray.data.from_items(units, override_num_blocks=min(len(units), 1000)).map_batches(
         LabelUnits,
         fn_constructor_kwargs={"job": job.model_dump(mode="json"), "board": board},

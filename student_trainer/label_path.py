@@ -47,7 +47,7 @@ class LabelRules:
 
 
 class LabelPath:
-    """Soft labels for batches, read through the store. One event loop uses it; `commit` may be called from another thread when it is idle."""
+    """Soft labels for batches, read through the store. Everything happens on one event loop."""
 
     def __init__(self, store: SoftLabelStore, teacher: TeacherBackend, rules: LabelRules) -> None:
         self.store = store
@@ -137,7 +137,8 @@ class LabelPath:
                 info = await self.teacher.info()
                 if info.fingerprint != self.store.identity.fingerprint:
                     raise FingerprintMismatch(
-                        f"the teacher that answers is {info.fingerprint[:12]}, the labels wanted are of {self.store.identity.fingerprint[:12]}"
+                        f"the teacher that answers is {info.fingerprint[:12]},"
+                        f" the labels wanted are of {self.store.identity.fingerprint[:12]}"
                     )
                 logits_BK = await self.teacher.logits(crops_BHWC)
             except TeacherUnavailable as error:

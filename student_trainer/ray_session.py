@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import ray
-from ray._raylet import AuthenticationTokenLoader, Config
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
 from distill.errors import ServerStartError
 from student_trainer.settings import RaySettings
@@ -59,7 +59,7 @@ def _start_local(settings: RaySettings, private: Path) -> None:
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # makes a single-node cluster listen on 127.0.0.1 only
             "RAY_TRAIN_V2_ENABLED": "1",
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a worker without GPU still sees what its environment shows
+            "RAY_worker_niceness": "0",  # training is what this machine is for; Ray would let every other process go first
         }
     )
     # Ray reads its environment when it is imported; this is how it takes notice of a change (its own `_enable_token_auth` does the same).

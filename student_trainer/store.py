@@ -253,7 +253,7 @@ class SoftLabelStore:
 
     def _append(self, line: str) -> None:
         path = self.folder / "manifest.jsonl"
-        # One write to a file opened for appending is not mixed with another process's. The leading newline ends a line that a crash cut off.
+        # One write to a file opened for appending is not mixed with another process's. The leading newline ends a line cut off by a crash.
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             os.write(descriptor, f"\n{line}\n".encode())

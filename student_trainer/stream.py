@@ -112,7 +112,7 @@ class LabelledStream:
                     return
                 put(asyncio.run_coroutine_threadsafe(self._label(batch), self._loop))
             put(None)
-        except BaseException as error:  # carried to the training loop, raised there
+        except BaseException as error:  # noqa: BLE001 - carried to the training loop, raised there
             put(error)
 
     async def _label(self, batch: CropBatch) -> LabelledBatch:

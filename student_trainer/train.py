@@ -14,14 +14,13 @@ import ray
 import ray.exceptions
 import ray.train
 import torch
-from ray.actor import ActorHandle
 from ray.train.torch import TorchTrainer
 
 from distill.config import digest_of
 from distill.errors import DistillError
 from distill.models.saved_classifier import ClassifierCard, save_classifier
 from distill.progress import ProgressLine
-from student_trainer.board import Board, raise_failure
+from student_trainer.board import BoardHandle, raise_failure, start_board
 from student_trainer.job import TrainJob
 from student_trainer.ray_session import ray_session
 from student_trainer.settings import RaySettings
@@ -42,7 +41,7 @@ def train_students(job: TrainJob, settings: RaySettings, folder: Path, title: st
         DistillError: what a worker met, as the class it was there.
     """
     with ray_session(settings):
-        board = Board.remote()
+        board = start_board()
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={"job": job.model_dump(mode="json"), "board": board},
@@ -51,7 +50,7 @@ def train_students(job: TrainJob, settings: RaySettings, folder: Path, title: st
                 use_gpu=settings.use_gpu,
                 resources_per_worker={"CPU": settings.cpus_per_worker} | ({"GPU": 1} if settings.use_gpu else {}),
             ),
-            run_config=ray.train.RunConfig(
+            run_config=ray.train.RunConfig(  # type: ignore[call-arg]  # the stubs show the class of Ray Train V1
                 name="ray",
                 storage_path=str(folder.absolute()),
                 failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
@@ -95,7 +94,7 @@ def _keep_students(checkpoint: Path, job: TrainJob, folder: Path) -> dict[str, f
 class _Watch:
     """Reads the board in a thread while `fit` blocks: shows the progress, keeps the rows in metrics.jsonl."""
 
-    def __init__(self, board: ActorHandle, title: str, journal: Path) -> None:
+    def __init__(self, board: BoardHandle, title: str, journal: Path) -> None:
         self._board = board
         self._journal = journal
         self._title = title

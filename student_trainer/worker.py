@@ -16,14 +16,13 @@ import numpy as np
 import ray.train
 import ray.train.torch
 import torch
-from ray.actor import ActorHandle
 
 from distill.errors import DistillError
 from distill.evaluation import evaluate_on, network_logits
-from distill.image_sets import open_images, open_labelled_subset
+from distill.image_sets import open_labelled, open_labelled_subset, open_unlabelled
 from distill.loader import CropBatch, CropLoader, LoaderSettings
 from distill.rejections import RejectionLog
-from student_trainer.board import report_failure
+from student_trainer.board import BoardHandle, report_failure
 from student_trainer.job import TrainJob
 from student_trainer.store import SoftLabelStore
 from student_trainer.stream import LabelledBatch, LabelledStream
@@ -36,7 +35,7 @@ POST_EVERY_S = 0.5
 
 def train_worker(config: dict[str, Any]) -> None:
     """Entry point that Ray Train calls in every worker. A typed error goes to the board and ends the run; others make Ray restart it."""
-    board: ActorHandle = config["board"]
+    board: BoardHandle = config["board"]
     if ray.get(board.failure.remote()) is not None:
         return  # restarted after an error that no restart mends
     try:
@@ -75,12 +74,12 @@ def _open_stream(job: TrainJob, rejections: RejectionLog, rank: int, world: int)
     assert job.store_identity is not None
     address = job.teacher
     views = job.train.num_views
-    loader = CropLoader(open_images(job.data.unlabelled, job.data), job.recipe, settings, lambda e: (e % views,), rejections, rank, world)
+    loader = CropLoader(open_unlabelled(job.data), job.recipe, settings, lambda e: (e % views,), rejections, rank, world)
     store = SoftLabelStore(Path(job.store_folder), job.store_identity)
     return LabelledStream(loader, store, lambda: open_teacher(address), job.rules, job.train.requests_in_flight)
 
 
-def _train(job: TrainJob, board: ActorHandle) -> None:
+def _train(job: TrainJob, board: BoardHandle) -> None:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
@@ -125,7 +124,7 @@ class _Run:
     def __init__(
         self,
         job: TrainJob,
-        board: ActorHandle,
+        board: BoardHandle,
         stream: Stream,
         students: list[Student],
         totals: dict[str, float],
@@ -169,7 +168,7 @@ class _Run:
         self._losses.clear()
         row: dict[str, Any] = {"kind": "epoch", "epoch": epoch, "loss": {}, "top1": {}}
         if self.rank == 0:
-            test = open_images(self.job.data.test, self.job.data)
+            test = open_labelled(self.job.data.test, self.job.data)
             for student, loss in zip(self.students, means, strict=True):
                 logits_NK, labels_N = evaluate_on(network_logits(student.network), test, self.job.data, rejections)
                 row["loss"][student.settings.name] = loss

@@ -1,8 +1,8 @@
-"""SimCLR's colour distortion and blur, on a whole batch at once, on whatever device it lies (SimCLR, appendix A; SimCLRv2's multiplicative brightness).
+"""SimCLR's colour distortion and blur, on a whole batch at once, on whatever device it lies (SimCLR, appendix A).
 
 The geometric half of the augmentation (random resized crop and flip) is cut on the CPU by `distill.crops`. Here: colour jitter with
-probability 0.8 and strength s (brightness, contrast, saturation 0.8 s, hue 0.2 s, in random order, clipped after each), greyscale with probability 0.2,
-Gaussian blur. Each image draws its own parameters from the generator.
+probability 0.8 and strength s (brightness, contrast, saturation 0.8 s, hue 0.2 s, in random order, clipped after each; brightness
+multiplies, as in SimCLRv2), greyscale with probability 0.2, Gaussian blur. Each image draws its own parameters from the generator.
 
 Shapes: B images, C = 3 channels, H W pixels; values 0 to 1.
 """

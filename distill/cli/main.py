@@ -74,13 +74,13 @@ def install_triton(home: Path | None) -> None:
     """Install the real Triton server (from the nvidia-pytriton wheel) in a folder of its own; says why where it cannot run."""
     from distill.progress import console
     from teacher_server.triton_home import triton_home, triton_supported
-    from teacher_server.triton_install import install
+    from teacher_server.triton_install import install_triton as install
 
     unsupported = triton_supported()
     if unsupported:
         console.print(f"Triton cannot run here: {unsupported}. The teacher will run embedded (ONNX Runtime).")
         return
-    console.print(f"Triton is in {install(triton_home(str(home) if home else None)).root}")
+    console.print(f"Triton is in {install(triton_home(str(home) if home else None)).path}")
 
 
 def _run_verb(verb: str, config: Path, fresh: bool, overrides: tuple[str, ...]) -> None:

@@ -13,7 +13,7 @@ from distill.cli import verbs
 from distill.cli.run import Run
 from distill.cli.verbs import Result, served_teacher
 from distill.errors import DistillError
-from distill.image_sets import open_images
+from distill.image_sets import open_labelled, open_unlabelled
 from distill.progress import console, duration
 from student_trainer.ray_session import ray_session
 from teacher_server.address import TeacherAddress
@@ -23,7 +23,7 @@ def quickstart(run: Run) -> None:
     """Images to edge students. What is there with the same settings is reused."""
     started = time.monotonic()
     file = run.file
-    unlabelled = open_images(file.data.unlabelled, file.data)
+    unlabelled = open_unlabelled(file.data)
     console.print(f"run {run.folder}: {unlabelled.num_images} unlabelled images, {len(run.class_names)} classes, {file.data.image_size} px")
     if file.import_:
         verbs.import_teacher(run)
@@ -61,9 +61,9 @@ def _train_and_evaluate(run: Run, teacher: TeacherAddress) -> Result:
 
 def show_one_request(run: Run, url: str) -> None:
     """Send the first test image to the gateway and show question and answer."""
-    record = open_images(run.file.data.test, run.file.data).read_shard(0)[0]
+    record = open_labelled(run.file.data.test, run.file.data).read_shard(0)[0]
     kind = "jpeg" if record.data[:2] == b"\xff\xd8" else "webp" if record.data[:4] == b"RIFF" else "png"
-    query = {"temperature": 2, "top_k": 3, "names": "true"}
+    query = {"temperature": "2", "top_k": "3", "names": "true"}
     try:
         answer = httpx.post(
             f"{url}/v1/soft-labels", params=query, content=record.data, headers={"Content-Type": f"image/{kind}"}, timeout=30

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from distill.checkpoint import file_sha256
 from distill.cli.run_file import RunFile
-from distill.data_settings import ImagesSettings
 from distill.errors import ConfigError
-from distill.image_sets import class_names_of, open_images
+from distill.image_sets import class_names_of, open_labelled, open_unlabelled
 from distill.rejections import RejectionLog
 from distill.stages import Stage, plain, prepare_run_dir
 from student_trainer.job import TrainJob
@@ -26,7 +25,8 @@ class Run:
     """A run file, opened."""
 
     def __init__(self, file: RunFile) -> None:
-        self.file = file
+        self.class_names = class_names_of(file.data)
+        self.file = file.replace(data=file.data.replace(class_names=list(self.class_names)))
         self.folder = Path(file.run_dir)
         prepare_run_dir(self.folder)
         self._image_digests: dict[str, str] = {}
@@ -35,17 +35,13 @@ class Run:
         """The list of unusable images, `rejected.jsonl` in the run folder."""
         return RejectionLog(self.folder / "rejected.jsonl", self.file.data.max_rejected_share)
 
-    def images(self, images: ImagesSettings) -> str:
+    def images(self, name: Literal["unlabelled", "labelled", "test"]) -> str:
         """Digest of one set of images; opened once."""
-        key = images.model_dump_json()
-        if key not in self._image_digests:
-            self._image_digests[key] = open_images(images, self.file.data).digest()
-        return self._image_digests[key]
-
-    @cached_property
-    def class_names(self) -> tuple[str, ...]:
-        """Names of the K classes."""
-        return class_names_of(self.file.data)
+        if name not in self._image_digests:
+            data = self.file.data
+            source = open_unlabelled(data) if name == "unlabelled" else open_labelled(getattr(data, name), data)
+            self._image_digests[name] = source.digest()
+        return self._image_digests[name]
 
     @cached_property
     def _crops(self) -> dict[str, Any]:
@@ -56,15 +52,13 @@ class Run:
     def pretrain(self) -> Stage:
         """Stage 1."""
         settings = plain(self.file.pretrain.replace(checkpoint_every_s=1))  # how often it is saved changes nothing
-        return Stage(
-            self.folder, "pretrain", {"pretrain": settings, "crops": self._crops}, {"images": self.images(self.file.data.unlabelled)}
-        )
+        return Stage(self.folder, "pretrain", {"pretrain": settings, "crops": self._crops}, {"images": self.images("unlabelled")})
 
     @property
     def finetune(self) -> Stage:
         """Stage 2."""
         settings = {"finetune": plain(self.file.finetune), "crops": self._crops, "label_fraction": self.file.data.label_fraction}
-        return Stage(self.folder, "finetune", settings, {"pretrain": self.pretrain.digest, "images": self.images(self.file.data.labelled)})
+        return Stage(self.folder, "finetune", settings, {"pretrain": self.pretrain.digest, "images": self.images("labelled")})
 
     @property
     def imported(self) -> Stage:
@@ -96,19 +90,19 @@ class Run:
             "max_tv": self.file.store.max_tv,
             "num_workers": self.file.ray.num_workers,
         }
-        inputs = {"teacher": self.teacher.digest, "images": self.images(self.file.data.unlabelled)}
+        inputs = {"teacher": self.teacher.digest, "images": self.images("unlabelled")}
         return Stage(self.folder, "train", settings, inputs)
 
     @property
     def control(self) -> Stage:
         """The students trained on labels alone."""
         settings = {"label_fraction": self.file.data.label_fraction, **self.train.settings}
-        return Stage(self.folder, "control", settings, {"images": self.images(self.file.data.labelled)})
+        return Stage(self.folder, "control", settings, {"images": self.images("labelled")})
 
     @property
     def evaluate(self) -> Stage:
         """Everyone on the test images."""
-        inputs = {"train": self.train.digest, "test": self.images(self.file.data.test), "teacher": self.teacher.digest}
+        inputs = {"train": self.train.digest, "test": self.images("test"), "teacher": self.teacher.digest}
         if self.file.train.control:
             inputs["control"] = self.control.digest
         return Stage(self.folder, "evaluate", {}, inputs)
@@ -130,7 +124,7 @@ class Run:
             num_classes=len(self.class_names),
             recipe=self.job("labels", 1).recipe,
             seed=self.file.seed,
-            images=self.images(self.file.data.unlabelled),
+            images=self.images("unlabelled"),
         )
 
     def store_folder(self, identity: StoreIdentity) -> Path:

@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 from distill.cli.run import Run
-from distill.data_settings import ImagesSettings
 from distill.errors import ConfigError
 from distill.progress import console
 from distill.stages import Stage
@@ -39,11 +38,11 @@ def pretrain(run: Run) -> Result:
     """Stage 1."""
 
     def work(folder: Path) -> Result:
-        from distill.image_sets import open_images
+        from distill.image_sets import open_unlabelled
         from teacher_trainer.pretrain import pretrain as train
 
         rejections = run.rejections()
-        source = open_images(run.file.data.unlabelled, run.file.data)
+        source = open_unlabelled(run.file.data)
         result = train(source, run.file.data, run.file.pretrain, run.file.seed, folder, rejections)
         rejections.close()
         return result
@@ -57,7 +56,7 @@ def finetune(run: Run) -> Result:
 
     def work(folder: Path) -> Result:
         from distill.evaluation import evaluate_on, network_logits
-        from distill.image_sets import open_images, open_labelled_subset
+        from distill.image_sets import open_labelled, open_labelled_subset
         from distill.label_metrics import score
         from distill.models.saved_classifier import ClassifierCard, save_classifier
         from teacher_trainer.finetune import classifier_from_pretrained
@@ -68,7 +67,7 @@ def finetune(run: Run) -> Result:
         network = classifier_from_pretrained(checkpoint, file.data, file.pretrain, file.finetune.num_head_layers, len(run.class_names))
         labelled = open_labelled_subset(file.data, file.seed)
         result = train(network, labelled, file.data, file.finetune, file.seed, rejections)
-        scores = score(*evaluate_on(network_logits(network), open_images(file.data.test, file.data), file.data, rejections))
+        scores = score(*evaluate_on(network_logits(network), open_labelled(file.data.test, file.data), file.data, rejections))
         card = ClassifierCard(
             network=file.pretrain.network,
             num_head_layers=file.finetune.num_head_layers,
@@ -96,7 +95,7 @@ def import_teacher(run: Run) -> Result:
             name = str(file.import_.timm_name)
             card = import_timm(name, Path(file.import_.path), run.class_names, folder / "checkpoint", file.data.preprocessing)
             return {"kind": "timm", "card": card.model_dump(mode="json")}
-        crops, ids = _sample_crops(run, file.data.unlabelled, file.teacher.num_parity_images)
+        crops, ids = _sample_crops(run, file.teacher.num_parity_images)
         info = import_onnx(
             Path(file.import_.path), folder, file.data.preprocessing, run.class_names, crops, ids, file.teacher, logits=file.import_.logits
         )
@@ -121,7 +120,7 @@ def export_teacher(run: Run) -> Result:
         settings, ready = run.file.teacher, origin.folder / TEACHER_FILE
         if not ready.exists():
             saved = load_classifier(origin.folder / "checkpoint")
-            crops, ids = _sample_crops(run, run.file.data.unlabelled, settings.num_parity_images)
+            crops, ids = _sample_crops(run, settings.num_parity_images)
             card = saved.card
             export(saved.network, card.preprocessing, card.class_names, crops, ids, folder, settings)
             ready = folder / TEACHER_FILE
@@ -134,13 +133,13 @@ def export_teacher(run: Run) -> Result:
     return _once(run.teacher, work)
 
 
-def _sample_crops(run: Run, images: ImagesSettings, count: int) -> tuple[npt.NDArray[np.uint8], list[str]]:
-    """The evaluation crops of the first `count` usable images."""
+def _sample_crops(run: Run, count: int) -> tuple[npt.NDArray[np.uint8], list[str]]:
+    """The evaluation crops of the first `count` usable unlabelled images, and their ids."""
     from distill.evaluation import evaluation_batches
-    from distill.image_sets import open_images
+    from distill.image_sets import open_unlabelled
 
-    crops, ids, rejections = [], list[str](), run.rejections()
-    for batch in evaluation_batches(open_images(images, run.file.data), run.file.data, rejections):
+    crops, ids = [], list[str]()
+    for batch in evaluation_batches(open_unlabelled(run.file.data), run.file.data, run.rejections()):
         crops.append(batch.crops_VBHWC[0])
         ids += batch.image_ids
         if len(ids) >= count:
@@ -195,7 +194,7 @@ def train_control(run: Run) -> Result:
     """The same students on the labels alone, for as many steps."""
 
     def work(folder: Path) -> Result:
-        from distill.image_sets import open_images, open_labelled_subset
+        from distill.image_sets import open_labelled_subset, open_unlabelled
         from student_trainer.train import train_students
 
         file = run.file
@@ -205,7 +204,7 @@ def train_control(run: Run) -> Result:
                 f"train.global_batch {file.train.global_batch} is larger than the {labelled.num_images} labelled images of the control;"
                 " make it smaller, or train.control=false"
             )
-        steps = file.train.epochs * (open_images(file.data.unlabelled, file.data).num_images // file.train.global_batch)
+        steps = file.train.epochs * (open_unlabelled(file.data).num_images // file.train.global_batch)
         epochs = math.ceil(steps / (labelled.num_images // file.train.global_batch))
         return train_students(run.job("labels", epochs), file.ray, folder, "control")
 
@@ -241,7 +240,7 @@ def export_student(run: Run) -> Result:
         from export.student import export_student as export
 
         file = run.file
-        calibration, _ = _sample_crops(run, file.data.unlabelled, file.edge.num_calibration_images)
+        calibration, _ = _sample_crops(run, file.edge.num_calibration_images)
         test_crops, labels = _test_crops(run)
         files = []
         for student in file.train.students:
@@ -262,9 +261,9 @@ def export_student(run: Run) -> Result:
 
 def _test_crops(run: Run) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
     from distill.evaluation import evaluation_batches
-    from distill.image_sets import open_images
+    from distill.image_sets import open_labelled
 
-    batches = list(evaluation_batches(open_images(run.file.data.test, run.file.data), run.file.data, run.rejections()))
+    batches = list(evaluation_batches(open_labelled(run.file.data.test, run.file.data), run.file.data, run.rejections()))
     return np.concatenate([b.crops_VBHWC[0] for b in batches]), np.concatenate([b.labels_B for b in batches])
 
 

@@ -18,6 +18,9 @@ from distill.teacher_info import Preprocessing
 class Normalize(nn.Module):
     """The first layer of every network: casts uint8 crops to float, scales to 0..1, subtracts the mean, divides by the std."""
 
+    mean_C11: Tensor
+    std_C11: Tensor
+
     def __init__(self, preprocessing: Preprocessing) -> None:
         super().__init__()
         self.register_buffer("mean_C11", torch.tensor(preprocessing.mean).view(3, 1, 1), persistent=False)

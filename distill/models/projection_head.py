@@ -1,4 +1,4 @@
-"""SimCLRv2's projection head: a deep MLP that is trained with the backbone and kept, in part, for fine-tuning (section 2 and appendix of the paper).
+"""SimCLRv2's projection head: a deep MLP, trained with the backbone and kept, in part, for fine-tuning (the paper's section 2).
 
 Shapes: B images, D features. All layers but the last keep the width D; the last gives the embedding that the contrastive loss compares.
 """

@@ -17,9 +17,6 @@ from torch import Tensor, nn
 
 Stem = Literal["imagenet", "cifar"]
 
-BLOCKS_PER_GROUP: dict[int, tuple[type[nn.Module], tuple[int, int, int, int]]] = {}
-"""Depth -> (block, blocks in each of the four groups); filled below, where the blocks are defined."""
-
 NUM_STREAMS = 2  # of a selective kernel: both are 3x3 convolutions, made as one convolution of twice the width
 MIN_SK_WIDTH = 32  # floor of the squeezed width of a selective kernel
 BN_EPS = 1e-5
@@ -27,7 +24,7 @@ BN_MOMENTUM = 0.1  # TensorFlow's decay of 0.9
 
 
 def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    """A convolution without bias, padded by (kernel - 1) // 2 on both sides, initialised as in the official code (fan-in, truncated normal)."""
+    """A convolution without bias, padded by (kernel - 1) // 2 on both sides; initialised as in the official code (fan-in, truncated)."""
     layer = nn.Conv2d(in_channels, out_channels, kernel, stride, padding=(kernel - 1) // 2, bias=False)
     fan_in = in_channels * kernel * kernel
     nn.init.trunc_normal_(layer.weight, std=fan_in**-0.5 / 0.87962566, a=-2 * fan_in**-0.5, b=2 * fan_in**-0.5)
@@ -43,7 +40,7 @@ def batch_norm(channels: int, zero_init: bool = False) -> nn.BatchNorm2d:
 
 
 class SamePadMaxPool(nn.Module):
-    """3x3 max-pool of stride 2 with TensorFlow's SAME padding: an even side is padded at its far end only, unlike `MaxPool2d(padding=1)`."""
+    """3x3 max-pool of stride 2, TensorFlow's SAME padding: an even side is padded at its far end only, unlike `MaxPool2d(padding=1)`."""
 
     def forward(self, features_BCHW: Tensor) -> Tensor:
         """[B,C,H,W] -> [B,C,ceil(H/2),ceil(W/2)]."""
@@ -147,19 +144,18 @@ class BottleneckBlock(nn.Module):
         return F.relu(self.residual(features_BCHW) + self.shortcut(features_BCHW))
 
 
-BLOCKS_PER_GROUP.update(
-    {
-        10: (BasicBlock, (1, 1, 1, 1)),
-        14: (BottleneckBlock, (1, 1, 1, 1)),
-        18: (BasicBlock, (2, 2, 2, 2)),
-        26: (BottleneckBlock, (2, 2, 2, 2)),
-        34: (BasicBlock, (3, 4, 6, 3)),
-        50: (BottleneckBlock, (3, 4, 6, 3)),
-        101: (BottleneckBlock, (3, 4, 23, 3)),
-        152: (BottleneckBlock, (3, 8, 36, 3)),
-        200: (BottleneckBlock, (3, 24, 36, 3)),
-    }
-)
+BLOCKS_PER_GROUP: dict[int, tuple[type[BasicBlock] | type[BottleneckBlock], tuple[int, int, int, int]]] = {
+    10: (BasicBlock, (1, 1, 1, 1)),
+    14: (BottleneckBlock, (1, 1, 1, 1)),
+    18: (BasicBlock, (2, 2, 2, 2)),
+    26: (BottleneckBlock, (2, 2, 2, 2)),
+    34: (BasicBlock, (3, 4, 6, 3)),
+    50: (BottleneckBlock, (3, 4, 6, 3)),
+    101: (BottleneckBlock, (3, 4, 23, 3)),
+    152: (BottleneckBlock, (3, 8, 36, 3)),
+    200: (BottleneckBlock, (3, 24, 36, 3)),
+}
+"""Depth -> (block, blocks in each of the four groups)."""
 
 
 def make_stem(stem: Stem, width_multiplier: float, sk_ratio: float) -> tuple[nn.Sequential, int]:
@@ -205,7 +201,7 @@ class ResNet(nn.Module):
                 first = position == 0
                 stride = 2 if first and group > 0 else 1
                 blocks.append(block(in_channels, channels, stride, sk_ratio, project=first))
-                in_channels = channels * int(block.expansion)  # type: ignore[arg-type]
+                in_channels = channels * block.expansion
             groups.append(nn.Sequential(*blocks))
         self.groups = nn.Sequential(*groups)
         self.feature_dim = in_channels

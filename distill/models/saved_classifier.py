@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from distill.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from distill.config import Section, validate
 from distill.errors import CheckpointError
@@ -28,7 +30,7 @@ class ClassifierCard(Section):
     """Names of the K classes, in the order of the logits."""
     preprocessing: Preprocessing
     """The contract between an image and the network."""
-    origin: dict[str, Any] = {}
+    origin: dict[str, Any] = Field(default_factory=dict)
     """Where it came from: parent checkpoint, settings, metrics."""
 
 

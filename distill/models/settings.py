@@ -17,7 +17,8 @@ class NetworkSettings(Section):
     name: str = "resnet"
     """`resnet` (ours, shaped by the fields below) or `timm:NAME` (extra `timm`)."""
     depth: int = 18
-    """Layers of the ResNet: 18, 34, 50, 101, 152, 200 as in the paper; 10, 14, 26 are small ones. From 14 upwards those with bottleneck blocks (14, 26, 50 and deeper) can have selective kernels."""
+    """Layers of the ResNet: 18, 34, 50, 101, 152, 200 as in the paper; 10, 14, 26 are small ones. Those with bottleneck blocks
+    (14, 26, 50 and deeper) can have selective kernels."""
     width_multiplier: float = Field(default=1.0, gt=0, le=16)
     """All channel counts are multiplied by it; the paper uses 1, 2 and 3."""
     sk_ratio: float = Field(default=0.0, ge=0, le=1)

@@ -1,0 +1,1 @@
+"""Side-by-side measurements. Nothing else imports this package."""

@@ -1,0 +1,117 @@
+"""The list of images that could not be used, and the limit to how many of them a job puts up with.
+
+Unit of data: one JSON line {"image_id", "reason"} in `rejected.jsonl`. Several processes may share the file: each line is one O_APPEND
+write, which the kernel does not mix with another's. The share of bad images is each process's own, of the images that it saw.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from threading import Lock
+from types import TracebackType
+from typing import Self
+
+from distill.errors import ConfigError, TooManyRejected
+
+
+class RejectionLog:
+    """Counts and lists bad images. Safe to use from several threads.
+
+    Args:
+        path: `rejected.jsonl`; made, with its folder, when the first image is refused.
+        max_share: largest share of the images seen that may be refused, 0 to 1.
+        min_seen: below so many images `check` says nothing: the first image of a million being bad is no reason to stop.
+
+    Raises:
+        ConfigError: a share out of range.
+    """
+
+    def __init__(self, path: Path, max_share: float, min_seen: int = 100) -> None:
+        if not 0 <= max_share <= 1:
+            raise ConfigError(f"max_share {max_share:g} of rejected images is out of range; give 0 to 1")
+        self.path = path
+        self.max_share = max_share
+        self.min_seen = min_seen
+        self._num_seen = 0
+        self._reason_of: dict[str, str] = {}
+        self._file: int | None = None
+        self._lock = Lock()
+
+    def saw(self, num_images: int = 1) -> None:
+        """So many more images were tried, the refused ones among them. Count an image once, not once an epoch."""
+        with self._lock:
+            self._num_seen += num_images
+
+    def reject(self, image_id: str, reason: str) -> None:
+        """List an image. The same image again, in a later epoch, changes nothing."""
+        with self._lock:
+            if image_id in self._reason_of:
+                return
+            self._reason_of[image_id] = reason
+            line = json.dumps({"image_id": image_id, "reason": reason}).encode() + b"\n"
+            if self._file is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            os.write(self._file, line)
+
+    @property
+    def num_seen(self) -> int:
+        """Images tried so far."""
+        return self._num_seen
+
+    @property
+    def num_rejected(self) -> int:
+        """Images refused so far."""
+        return len(self._reason_of)
+
+    def counts(self) -> Counter[str]:
+        """Images refused so far, by reason."""
+        with self._lock:
+            return Counter(self._reason_of.values())
+
+    def check(self) -> None:
+        """Stop a job whose images are bad; call it once a batch.
+
+        Raises:
+            TooManyRejected: the share is over the limit, and `min_seen` images were tried.
+        """
+        if self._num_seen >= self.min_seen:
+            self._refuse_if_over()
+
+    def close(self) -> None:
+        """End of the job: close the file, and check a last time, however few the images. Counts stay.
+
+        Raises:
+            TooManyRejected: the share is over the limit.
+        """
+        self._close_file()
+        self._refuse_if_over()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        """Close, with the last check unless something else went wrong already."""
+        self._close_file()
+        if error is None:
+            self._refuse_if_over()
+
+    def _close_file(self) -> None:
+        with self._lock:
+            if self._file is not None:
+                os.close(self._file)
+                self._file = None
+
+    def _refuse_if_over(self) -> None:
+        reasons = self.counts()
+        num_rejected, num_seen = reasons.total(), max(self._num_seen, reasons.total())
+        if num_rejected == 0 or num_rejected <= self.max_share * num_seen:
+            return
+        reason, count = reasons.most_common(1)[0]
+        raise TooManyRejected(
+            f"{num_rejected} of {num_seen} images ({num_rejected / num_seen:.2%}) cannot be used, over the limit of {self.max_share:.2%}; "
+            f"most often: {reason} ({count}); they are listed in {self.path}: mend or remove them, or raise the limit"
+        )

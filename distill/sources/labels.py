@@ -1,0 +1,79 @@
+"""Labelled images: all labels of a source, and the small part of them that fine-tuning may see.
+
+Unit of data: a mapping of image_id to class id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+
+from distill.errors import SourceError
+from distill.sources.records import Source
+
+
+def scan_labels(source: Source) -> dict[str, int]:
+    """image_id -> class id of every image, in the source's order. Folders and Parquet answer without reading an image.
+
+    Raises:
+        SourceError: an image has no label, or all have the same one.
+    """
+    labels: dict[str, int] = {}
+    num_missing = 0
+    for index in range(len(source.shards)):
+        for image_id, label in source.read_labels(index):
+            if label is None:
+                num_missing += 1
+            else:
+                labels[image_id] = label
+    if num_missing:
+        raise SourceError(
+            f"{num_missing} of {source.num_images} images have no label, and this stage needs labels: "
+            "give class folders, .cls members or a label column"
+        )
+    present = set(labels.values())
+    if len(present) < 2:
+        only = present.pop()
+        name = f" ({source.class_names[only]})" if source.class_names else ""
+        raise SourceError(f"all {len(labels)} images have the label {only}{name}; a classifier needs at least two classes")
+    return labels
+
+
+def labelled_subset(labels: Mapping[str, int], fraction: float, seed: int) -> list[str]:
+    """The ids of a share of every class: a pure function of its arguments, the same in every process and for every order of the mapping.
+
+    Each class gives `fraction` of its own images, rounded, so the classes keep their proportions, and a smaller fraction is contained in a
+    larger one of the same seed (SimCLR's 1 % and 10 % labels, Chen et al. 2020).
+
+    Args:
+        labels: image_id -> class id.
+        fraction: share of each class, in (0, 1].
+        seed: another seed chooses other images.
+
+    Returns:
+        Sorted image_ids.
+
+    Raises:
+        SourceError: a fraction out of range, or so small that a class gets no image.
+    """
+    if not 0 < fraction <= 1:
+        raise SourceError(f"fraction {fraction:g} of the labels is out of range; give more than 0 and at most 1")
+    ids_of_class: dict[int, list[str]] = defaultdict(list)
+    for image_id, label in labels.items():
+        ids_of_class[label].append(image_id)
+    chosen: list[str] = []
+    for label, ids in sorted(ids_of_class.items()):
+        num_chosen = math.floor(fraction * len(ids) + 0.5)
+        if num_chosen == 0:
+            raise SourceError(
+                f"fraction {fraction:g} of the {len(ids)} images of class {label} is none; give at least {0.5 / len(ids):.2g}"
+            )
+        chosen += sorted(ids, key=lambda image_id: _draw(seed, image_id))[:num_chosen]
+    return sorted(chosen)
+
+
+def _draw(seed: int, image_id: str) -> bytes:
+    """A number in the hat for each image; hashing keeps it independent of the other images."""
+    return hashlib.blake2b(f"{seed}\x00{image_id}".encode("utf-8", "surrogateescape"), digest_size=16, person=b"distill.subset").digest()

@@ -1,0 +1,168 @@
+"""What every way of running a teacher can do: crops in, logits or soft labels out.
+
+Flow: gateway or student trainer -> TeacherBackend (Triton over gRPC, or ONNX Runtime in this process) -> soft labels.
+Unit of data: one batch of crops. Shapes: B images, H W C uint8 pixels, K classes, fp32.
+
+A back end only moves tensors (`_infer`). What is asked and what comes back is checked here, once, for all of them: a NaN, a wrong shape
+or a row that does not sum to 1 never leaves this file as a label.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from abc import ABC, abstractmethod
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distill.config import validate
+from distill.errors import ConfigError, DistillError, RequestRefused, TeacherAnswerError
+from distill.teacher_info import METADATA_KEY, TeacherInfo
+from distill.wire import LOGITS, SOFT_LABELS
+
+Crops = NDArray[np.uint8]
+Floats = NDArray[np.float32]
+
+HIGHEST_TEMPERATURE = 100.0
+_SUM_TOLERANCE = 1e-3  # a teacher in fp16 sums 1000 classes to 1 within about 5e-4
+
+logger = logging.getLogger(__name__)
+
+
+class TeacherBackend(Protocol):
+    """A served teacher. All methods may be called concurrently, from the event loop that first used it.
+
+    Every asking method raises RequestRefused (crops or temperature that this teacher cannot take), TeacherUnavailable (ask again later),
+    TeacherAnswerError (an answer that must not be used).
+    """
+
+    async def info(self) -> TeacherInfo:
+        """Name, version, fingerprint, classes and preprocessing. Asked once, then remembered."""
+        ...
+
+    async def logits(self, crops_BHWC: Crops) -> Floats:
+        """uint8 [B,S,S,3] -> logits fp32 [B,K]."""
+        ...
+
+    async def soft_labels(self, crops_BHWC: Crops, temperature_B1: Floats, *, with_logits: bool = False) -> tuple[Floats | None, Floats]:
+        """uint8 [B,S,S,3] and fp32 [B,1] -> (logits fp32 [B,K] only if asked for, softmax(logits / temperature) fp32 [B,K])."""
+        ...
+
+    async def ready(self) -> bool:
+        """Whether a label really comes out now. Never raises for a teacher that is away."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of connections and threads. The object is of no use afterwards."""
+        ...
+
+
+class CheckedTeacher(ABC):
+    """Base of the back ends: the protocol and all checks on top of two methods."""
+
+    def __init__(self) -> None:
+        self._info: TeacherInfo | None = None
+
+    @abstractmethod
+    async def _load_info(self) -> TeacherInfo:
+        """Ask the engine what it serves."""
+
+    @abstractmethod
+    async def _infer(self, crops_BHWC: Crops, temperature_B1: Floats, names: tuple[str, ...]) -> dict[str, Floats]:
+        """The tensors `names`, each [B,K], of B >= 1 checked crops."""
+
+    async def info(self) -> TeacherInfo:
+        """See TeacherBackend."""
+        if self._info is None:
+            self._info = await self._load_info()
+        return self._info
+
+    async def logits(self, crops_BHWC: Crops) -> Floats:
+        """See TeacherBackend."""
+        # The graph wants a temperature even where it does not matter.
+        tensors = await self._ask(crops_BHWC, np.ones((len(crops_BHWC), 1), np.float32), (LOGITS,))
+        return tensors[LOGITS]
+
+    async def soft_labels(self, crops_BHWC: Crops, temperature_B1: Floats, *, with_logits: bool = False) -> tuple[Floats | None, Floats]:
+        """See TeacherBackend."""
+        names = (LOGITS, SOFT_LABELS) if with_logits else (SOFT_LABELS,)
+        tensors = await self._ask(crops_BHWC, temperature_B1, names)
+        probs_BK = tensors[SOFT_LABELS]
+        check_probs(probs_BK)
+        return tensors.get(LOGITS), probs_BK
+
+    async def ready(self) -> bool:
+        """See TeacherBackend. Triton calls a model ready whose process is dead, so only a real label counts."""
+        try:
+            await self.ask_canary()
+        except DistillError as error:
+            logger.debug("teacher is not ready: %s", error)
+            return False
+        return True
+
+    async def ask_canary(self) -> None:
+        """One label for one grey crop, thrown away. Raises what asking raises, so that a caller can say why there is none."""
+        size = (await self.info()).preprocessing.image_size
+        await self.soft_labels(np.full((1, size, size, 3), 127, np.uint8), np.ones((1, 1), np.float32))
+
+    async def close(self) -> None:
+        """See TeacherBackend."""
+        return None
+
+    async def _ask(self, crops_BHWC: Crops, temperature_B1: Floats, names: tuple[str, ...]) -> dict[str, Floats]:
+        info = await self.info()
+        check_crops(crops_BHWC, info)
+        check_temperature(temperature_B1, len(crops_BHWC))
+        if len(crops_BHWC) == 0:
+            return {name: np.empty((0, info.num_classes), np.float32) for name in names}
+        tensors = await self._infer(crops_BHWC, temperature_B1, names)
+        for name in names:
+            check_answer(tensors[name], name, len(crops_BHWC), info.num_classes)
+        return tensors
+
+
+def check_crops(crops_BHWC: Crops, info: TeacherInfo) -> None:
+    """Raises RequestRefused unless the crops are uint8 [B,S,S,3] of the teacher's own size S."""
+    size = info.preprocessing.image_size
+    if crops_BHWC.dtype != np.uint8 or crops_BHWC.ndim != 4 or crops_BHWC.shape[1:] != (size, size, 3):
+        given = f"{crops_BHWC.dtype} {list(crops_BHWC.shape)}"
+        raise RequestRefused(f"teacher {info.name} takes crops of uint8 [B,{size},{size},3], got {given}")
+
+
+def check_temperature(temperature_B1: Floats, num_images: int) -> None:
+    """Raises RequestRefused unless there is one fp32 temperature per image, above 0 and at most 100."""
+    if temperature_B1.dtype != np.float32 or temperature_B1.shape != (num_images, 1):
+        raise RequestRefused(f"temperature must be float32 [{num_images},1], got {temperature_B1.dtype} {list(temperature_B1.shape)}")
+    valid_B1 = (temperature_B1 > 0) & (temperature_B1 <= HIGHEST_TEMPERATURE)  # false for NaN, too
+    if not valid_B1.all():
+        raise RequestRefused(f"temperature must be above 0 and at most {HIGHEST_TEMPERATURE:g}, got {float(temperature_B1[~valid_B1][0])}")
+
+
+def check_answer(values_BK: Floats, name: str, num_images: int, num_classes: int) -> None:
+    """Raises TeacherAnswerError unless the tensor is finite fp32 [B,K]."""
+    if values_BK.dtype != np.float32 or values_BK.shape != (num_images, num_classes):
+        given = f"{values_BK.dtype} {list(values_BK.shape)}"
+        raise TeacherAnswerError(f"the teacher answered {name} as {given} where float32 [{num_images},{num_classes}] was due")
+    bad_B = ~np.isfinite(values_BK).all(axis=1)
+    if bad_B.any():
+        raise TeacherAnswerError(
+            f"the teacher answered {name} with NaN or infinity for {int(bad_B.sum())} of {num_images} crops, first at {int(bad_B.argmax())}"
+        )
+
+
+def check_probs(probs_BK: Floats) -> None:
+    """Raises TeacherAnswerError unless every row is a distribution."""
+    sums_B = probs_BK.sum(axis=1, dtype=np.float64)
+    wrong_B = (np.abs(sums_B - 1) > _SUM_TOLERANCE) | (probs_BK < 0).any(axis=1)
+    if wrong_B.any():
+        raise TeacherAnswerError(f"soft labels of crop {int(wrong_B.argmax())} sum to {float(sums_B[wrong_B.argmax()]):.6g} instead of 1")
+
+
+def parse_info(text: str, origin: str) -> TeacherInfo:
+    """A TeacherInfo from its JSON. Raises RequestRefused, naming `origin`, for anything else."""
+    try:
+        return validate(TeacherInfo, json.loads(text), origin=origin)
+    except (ValueError, ConfigError) as error:
+        raise RequestRefused(f"{origin}: {METADATA_KEY} is not a teacher's description: {error}") from error

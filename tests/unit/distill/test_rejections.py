@@ -1,0 +1,112 @@
+"""The list of bad images and its limit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from distill.errors import ConfigError, TooManyRejected
+from distill.rejections import RejectionLog
+
+ROOT = Path(__file__).parents[3]
+
+
+def lines(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_each_image_is_listed_once_with_its_reason(tmp_path: Path) -> None:
+    with RejectionLog(tmp_path / "new" / "rejected.jsonl", max_share=1) as log:
+        log.saw(3)
+        log.reject("a.jpg", "truncated")
+        log.reject("ü\n.jpg", "unsupported format GIF")
+        log.reject("a.jpg", "truncated")
+        assert lines(log.path) == [
+            {"image_id": "a.jpg", "reason": "truncated"},
+            {"image_id": "ü\n.jpg", "reason": "unsupported format GIF"},
+        ]
+        assert log.counts() == {"truncated": 1, "unsupported format GIF": 1}
+        assert (log.num_seen, log.num_rejected) == (3, 2)
+
+
+def test_no_bad_image_no_file(tmp_path: Path) -> None:
+    with RejectionLog(tmp_path / "rejected.jsonl", max_share=0) as log:
+        log.saw(10)
+        log.check()
+    assert not log.path.exists()
+
+
+def test_check_names_share_limit_count_reason_and_file(tmp_path: Path) -> None:
+    log = RejectionLog(tmp_path / "rejected.jsonl", max_share=0.01)
+    log.saw(200)
+    for number in range(2):
+        log.reject(f"{number}", "truncated")
+    log.check()  # 1 % is not over 1 %
+    log.reject("2", "empty file")
+    with pytest.raises(TooManyRejected) as caught:
+        log.check()
+    for fact in ("3 of 200 images", "1.50%", "1.00%", "truncated (2)", str(log.path)):
+        assert fact in str(caught.value)
+    with pytest.raises(TooManyRejected):
+        log.close()
+
+
+def test_few_images_are_judged_at_the_end(tmp_path: Path) -> None:
+    log = RejectionLog(tmp_path / "rejected.jsonl", max_share=0.01, min_seen=100)
+    log.saw(5)
+    log.reject("a", "truncated")
+    log.check()
+    with pytest.raises(TooManyRejected, match=r"1 of 5 images \(20\.00%\)"):
+        log.close()
+
+
+def test_another_error_is_not_hidden_by_the_last_check(tmp_path: Path) -> None:
+    log = RejectionLog(tmp_path / "rejected.jsonl", max_share=0)
+    log.saw()
+    log.reject("a", "truncated")
+    with pytest.raises(KeyError), log:
+        raise KeyError
+
+
+def test_reject_after_close_opens_the_file_again(tmp_path: Path) -> None:
+    log = RejectionLog(tmp_path / "rejected.jsonl", max_share=1)
+    for name in ("a", "b"):
+        log.saw()
+        log.reject(name, "truncated")
+        log.close()
+    assert [line["image_id"] for line in lines(log.path)] == ["a", "b"]
+
+
+def test_share_out_of_range(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"max_share 1\.5 of rejected images is out of range; give 0 to 1"):
+        RejectionLog(tmp_path / "rejected.jsonl", max_share=1.5)
+
+
+def test_threads_share_a_log(tmp_path: Path) -> None:
+    def refuse(number: int) -> None:
+        log.saw()
+        log.reject(str(number % 100), "truncated")
+
+    with RejectionLog(tmp_path / "rejected.jsonl", max_share=1) as log, ThreadPoolExecutor(8) as pool:
+        list(pool.map(refuse, range(800)))
+        assert (log.num_seen, log.num_rejected) == (800, 100)
+    assert {line["image_id"] for line in lines(log.path)} == {str(number) for number in range(100)}
+
+
+def test_processes_share_a_file(tmp_path: Path) -> None:
+    """Whole lines from both, also lines of several kilobytes."""
+    path = tmp_path / "rejected.jsonl"
+    program = (
+        "import sys; from pathlib import Path; from distill.rejections import RejectionLog\n"
+        "log = RejectionLog(Path(sys.argv[1]), max_share=1)\n"
+        "for number in range(500): log.reject(f'{sys.argv[2]}-{number}-' + sys.argv[2] * 5000, 'truncated')\n"
+    )
+    writers = [subprocess.Popen([sys.executable, "-c", program, str(path), name], cwd=ROOT) for name in "ab"]
+    assert [writer.wait(60) for writer in writers] == [0, 0]
+    ids = [line["image_id"] for line in lines(path)]
+    assert len(ids) == len(set(ids)) == 1000
