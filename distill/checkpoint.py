@@ -12,6 +12,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -43,15 +44,15 @@ def save_checkpoint(folder: Path, weights: dict[str, Tensor], manifest: dict[str
         manifest: JSON-able description.
         state: optimiser state and counters: tensors, numbers, strings and containers of them.
     """
-    pending = folder.with_name(f".{folder.name}.pending-{os.getpid()}")
-    shutil.rmtree(pending, ignore_errors=True)
+    pending = folder.with_name(f".{folder.name}.pending")
+    shutil.rmtree(pending, ignore_errors=True)  # what a killed process left
     pending.mkdir(parents=True)
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, str(pending / WEIGHTS))
     if state is not None:
         torch.save(state, pending / STATE)
     files = {path.name: file_sha256(path) for path in sorted(pending.iterdir())}
     (pending / MANIFEST).write_text(json.dumps({**manifest, "files": files}, indent=1), encoding="utf-8")
-    for path in pending.iterdir():
+    for path in (*pending.iterdir(), pending):
         fsync_path(path)
     replace_folder(pending, folder)
 
@@ -65,16 +66,26 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     recover_folder(folder)
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        for name, expected in manifest["files"].items():
+        files = manifest.get("files") if isinstance(manifest, dict) else None
+        if not isinstance(files, dict) or WEIGHTS not in files:
+            raise CheckpointError(f"the checkpoint in {folder} is damaged (its manifest lists no {WEIGHTS}); make it again")
+        for name, expected in files.items():
             if file_sha256(folder / name) != expected:
                 raise CheckpointError(f"{folder / name} is truncated or altered (its sha256 is not the manifest's); make it again")
         weights = load_file(str(folder / WEIGHTS))
-        state = torch.load(folder / STATE, weights_only=True) if STATE in manifest["files"] else None
-    except FileNotFoundError as error:
+        state = _load_state(folder / STATE) if STATE in files else None
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(f"no checkpoint in {folder}: {Path(error.filename or folder).name} is missing") from error
-    except (json.JSONDecodeError, KeyError, SafetensorError) as error:
+    except (ValueError, SafetensorError) as error:
         raise CheckpointError(f"the checkpoint in {folder} is damaged ({error}); make it again") from error
     return Checkpoint(weights, manifest, state)
+
+
+def _load_state(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError) as error:
+        raise CheckpointError(f"{path} is damaged or holds pickled objects, which are never run; make it again") from error
 
 
 def load_weights(network: torch.nn.Module, weights: dict[str, Tensor], origin: str) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from distill.errors import ConfigError
@@ -26,6 +27,15 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_nested_defaults(cls, tree: Any) -> Any:
+        """A nested section that is given in part keeps, for the rest, the defaults that this section documents for it."""
+        if not isinstance(tree, dict):
+            return tree
+        defaults = {field.alias or name: field.default for name, field in cls.model_fields.items()}
+        return {key: _over(defaults.get(key), value) for key, value in tree.items()}
+
     def digest(self, **more: Any) -> str:
         """sha256 (hex) of these settings and of `more`; equal settings give equal digests in every process."""
         return digest_of({"settings": self.model_dump(mode="json"), **more})
@@ -33,6 +43,14 @@ class Section(BaseModel):
     def replace(self, **changes: Any) -> Self:
         """A validated copy with some fields changed."""
         return type(self).model_validate({**{name: getattr(self, name) for name in type(self).model_fields}, **changes}, by_name=True)
+
+
+def _over(default: Any, given: Any) -> Any:
+    """`given` laid over the section `default`, field by field; as it is where either is something else."""
+    if not isinstance(default, Section) or not isinstance(given, dict):
+        return given
+    kept = {field.alias or name: getattr(default, name) for name, field in type(default).model_fields.items()}
+    return {**kept, **{key: _over(kept.get(key), value) for key, value in given.items()}}
 
 
 def digest_of(value: Any) -> str:
@@ -88,13 +106,13 @@ def _set(tree: Any, keys: list[str], value: Any, word: str) -> None:
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
         if isinstance(tree, list):
-            if not key.isdigit() or int(key) >= len(tree):
+            if not key.isdecimal() or int(key) >= len(tree):
                 raise ConfigError(f"override {word!r}: {key!r} is not one of the positions 0 to {len(tree) - 1}")
             slot: Any = int(key)
         elif isinstance(tree, dict):
             slot = key
-            if not last:
-                tree.setdefault(slot, {})
+            if not last and tree.get(slot) is None:  # not there, or `section:` with nothing behind it
+                tree[slot] = {}
         else:
             raise ConfigError(f"override {word!r}: {'.'.join(keys[:depth])} has no keys")
         if last:
@@ -129,16 +147,20 @@ def _complaint(kind: type[Section], detail: ErrorDetails) -> str:
 
 
 def _known_keys(kind: type[Section], path: tuple[int | str, ...]) -> list[str]:
-    """The field names of the section that a path of keys leads to."""
+    """The keys, as the user writes them, of the section that a path of keys leads to."""
     for part in path:
         if isinstance(part, int):
             continue
-        field = kind.model_fields.get(part)
+        field = _fields_by_key(kind).get(part)
         nested = section_in(field.annotation) if field else None
         if nested is None:
             return []
         kind = nested
-    return list(kind.model_fields)
+    return list(_fields_by_key(kind))
+
+
+def _fields_by_key(kind: type[Section]) -> dict[str, FieldInfo]:
+    return {field.alias or name: field for name, field in kind.model_fields.items()}
 
 
 def section_in(annotation: Any) -> type[Section] | None:

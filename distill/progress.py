@@ -5,6 +5,7 @@ On a terminal it is a live bar; anywhere else (a log, CI) a plain line every few
 
 from __future__ import annotations
 
+import sys
 import time
 from types import TracebackType
 from typing import Self
@@ -12,8 +13,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
 
-console = Console(highlight=False, soft_wrap=True)
-"""Where the command line speaks to its user."""
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+"""Where the command line speaks to its user. A log has no width of its own: 120 columns hold our tables."""
 
 PLAIN_EVERY_S = 10.0
 

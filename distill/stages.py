@@ -133,6 +133,8 @@ def prepare_run_dir(run_dir: Path) -> None:
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, list | tuple):
+        value = {str(index): item for index, item in enumerate(value)}
     if isinstance(value, dict):
         return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}.{key}".strip(".")).items()}
     return {prefix: value}

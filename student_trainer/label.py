@@ -9,6 +9,7 @@ Unit of data: one (view, shard).
 from __future__ import annotations
 
 import asyncio
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ class LabelUnits:
         loading = LoaderSettings(self._job.seed, train.global_batch, drop_last=False, shuffle=False, num_threads=data.num_threads)
         source = open_unlabelled(data)
         self._loader = CropLoader(source, self._job.recipe, loading, lambda epoch: (epoch,), self._rejections)
+        self._seen: set[int] = set()
+        """Shards whose images count as tried: once, not once a view."""
 
     async def _open(self) -> LabelPath:
         assert self._job.teacher is not None
@@ -65,6 +68,9 @@ class LabelUnits:
 
     async def _label(self, view: int, shard: int) -> tuple[int, int]:
         rows = self._loader.rows_of_shard(shard)
+        if shard not in self._seen:
+            self._seen.add(shard)
+            self._rejections.saw(len(rows))
         size = self._job.train.global_batch
         limit = asyncio.Semaphore(self._job.train.requests_in_flight)
 
@@ -122,8 +128,9 @@ def _units_left(store: SoftLabelStore, sizes: list[int], num_views: int) -> tupl
 
 
 def _label_units(job: TrainJob, settings: RaySettings, units: list[dict[str, int]]) -> Any:
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
+    # Our own line shows the progress; Ray Data's would be written between its parts.
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     board = start_board()
     dataset = ray.data.from_items(units, override_num_blocks=min(len(units), 1000)).map_batches(
         LabelUnits,

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from distill.errors import FingerprintMismatch, TeacherUnavailable
 from distill.loader import CropBatch
 from distill.soft_labels import FloatArray, Record, decode, encode
-from student_trainer.store import ShardLabels, SoftLabelStore
+from student_trainer.store import Segment, ShardLabels, SoftLabelStore
 from teacher_server.backend import TeacherBackend
 
 logger = logging.getLogger(__name__)
@@ -120,13 +120,26 @@ class LabelPath:
             self.commit()
 
     def commit(self) -> None:
-        """Write every label that is not yet in the store; when this returns, a crash loses none of them."""
-        for (view, shard), labels in sorted(self._pending.items()):
+        """Write every label that is not yet in the store; when this returns, a crash loses none of them.
+
+        Raises:
+            StoreError: see `SoftLabelStore.commit`.
+        """
+        for view, shard in sorted(self._pending):
+            # Taken out first: after a failure the store knows what it has, and a second try could put a label in twice.
+            labels = self._pending.pop((view, shard))
+            self._num_pending -= len(labels)
             ids, records = [i for i, _ in labels.values()], [r for _, r in labels.values()]
-            self.store.commit(view, shard, list(labels), ids, records, self.rules.temperatures)
-            self._held.pop((view, shard), None)
-        self._pending.clear()
-        self._num_pending = 0
+            self._forget(self.store.commit(view, shard, list(labels), ids, records, self.rules.temperatures))
+
+    def refresh(self) -> None:
+        """Take in what other workers committed."""
+        self._forget(self.store.refresh())
+
+    def _forget(self, segments: Sequence[Segment]) -> None:
+        """Read the labels of these segments' shards anew when they are wanted next."""
+        for segment in segments:
+            self._held.pop((segment.view, segment.shard), None)
 
     async def _ask(self, crops_BHWC: npt.NDArray[np.uint8]) -> FloatArray:
         """Ask until an answer comes, with growing pauses of random length, at most `patience_s` long."""

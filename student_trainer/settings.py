@@ -78,7 +78,9 @@ class TrainSettings(Section):
     teacher_patience_s: float = Field(default=600, gt=0)
     """How long a teacher that gives no answer is waited for before the run stops (resumable)."""
     checkpoint_every_steps: int = Field(default=500, ge=1)
-    """Steps between checkpoints; one is written at the end of every epoch anyway."""
+    """Steps between checkpoints; one is written at each evaluation anyway."""
+    num_evaluations: int = Field(default=20, ge=1)
+    """Evaluations on the test images, at ends of epochs spread evenly over the run; the last epoch's is always one."""
     control: bool = True
     """Also train each student on the labelled images alone, for as many steps: what distillation is compared with."""
 

@@ -12,11 +12,13 @@ committed; anything else is the remains of a crash and is not read. Unit of data
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,25 +139,36 @@ class SoftLabelStore:
                 " choose another store.path"
             )
 
-    def refresh(self) -> None:
-        """Take in the segments that were committed since, by this or another process. A line cut off by a crash is not one."""
+    def refresh(self) -> list[Segment]:
+        """Take in the segments that were committed since, by this or another process, and return them.
+
+        A line cut off by a crash is none. One that lacks nothing but its line end counts: the next writer would end it, and its labels,
+        asked for again meanwhile, would be there twice.
+        """
         path = self.folder / "manifest.jsonl"
+        before = len(self.segments)
         if not path.exists():
-            return
+            return []
         with path.open("rb") as file:
             file.seek(self._read_to)
             for line in file:
-                if not line.endswith(b"\n"):
+                if not line.endswith(b"\n") and _segment_of(line) is None:
                     break
                 self._read_to += len(line)
                 if line.strip():
                     self._take(line)
+        return self.segments[before:]
 
     def _take(self, line: bytes) -> None:
-        try:
-            self.segments.append(Segment.model_validate_json(line))
-        except ValueError:  # two halves of lines, from a crash in the middle of a write: that segment was never committed
+        segment = _segment_of(line)
+        if segment is None:  # two halves of lines, from a crash in the middle of a write: that segment was never committed
             logger.warning("a damaged line in %s is passed over; its labels will be asked for again", self.folder / "manifest.jsonl")
+            return
+        path = self.folder / segment.file
+        if path.exists() and path.stat().st_size == segment.size_bytes:
+            self.segments.append(segment)
+        else:  # in quarantine since an earlier run, or cut off; counting it would make its rows look labelled
+            logger.warning("label segment %s is gone or cut off; its labels are asked for again", path)
 
     def stats(self) -> StoreStats:
         """Counts over all segments."""
@@ -192,14 +205,19 @@ class SoftLabelStore:
             if file_sha256(path) == segment.sha256:
                 return pq.read_table(path, memory_map=True)
             reason = "its bytes are not what was committed"
+            self._quarantine(path)
         except FileNotFoundError:
             reason = "the file is gone"
+        except OSError as error:
+            raise StoreError(f"label segment {path} cannot be read: {error.strerror or error}") from error
         logger.warning("label segment %s: %s; it is left out and its labels are asked for again", path, reason)
-        if path.exists():
-            (self.folder / "quarantine").mkdir(exist_ok=True)
-            path.rename(self.folder / "quarantine" / path.name)
         self.segments.remove(segment)
         return None
+
+    def _quarantine(self, path: Path) -> None:
+        (self.folder / "quarantine").mkdir(exist_ok=True)
+        with suppress(FileNotFoundError):  # another process found it damaged at the same time
+            path.rename(self.folder / "quarantine" / path.name)
 
     def commit(
         self,
@@ -209,8 +227,11 @@ class SoftLabelStore:
         image_ids: Sequence[str],
         records: Sequence[Record],
         temperatures: Sequence[float],
-    ) -> None:
+    ) -> list[Segment]:
         """Keep labels of one image shard in one view; when this returns they survive a crash.
+
+        Returns:
+            What `refresh` took in: the new segment, and those that other processes committed meanwhile.
 
         Raises:
             StoreError: the disk is full or read-only; nothing half-written is left to be read.
@@ -231,7 +252,9 @@ class SoftLabelStore:
             schema=SCHEMA,
         )
         try:
-            folder.mkdir(exist_ok=True)
+            if not folder.exists():
+                folder.mkdir(exist_ok=True)
+                fsync_path(self.folder)
             pq.write_table(table, pending, compression="none", use_dictionary=False)
             fsync_path(pending)
             segment = Segment(
@@ -247,19 +270,39 @@ class SoftLabelStore:
             fsync_path(folder)
             self._append(segment.model_dump_json())
         except OSError as error:
-            pending.unlink(missing_ok=True)
-            raise StoreError(f"labels cannot be written to {folder}: {error.strerror}; committed labels are safe") from error
+            self._undo(pending, folder / name)
+            raise StoreError(f"labels cannot be written to {folder}: {error.strerror or error}; committed labels are safe") from error
+        return self.refresh()
+
+    def _undo(self, pending: Path, final: Path) -> None:
+        """Take away what a failed commit left, unless the manifest names it already (its last flush failed): readers count on that."""
         self.refresh()
+        pending.unlink(missing_ok=True)
+        if f"{final.parent.name}/{final.name}" not in {segment.file for segment in self.segments}:
+            final.unlink(missing_ok=True)
 
     def _append(self, line: str) -> None:
         path = self.folder / "manifest.jsonl"
         # One write to a file opened for appending is not mixed with another process's. The leading newline ends a line cut off by a crash.
+        text = f"\n{line}\n".encode()
+        is_new = not path.exists()
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(descriptor, f"\n{line}\n".encode())
+            if os.write(descriptor, text) != len(text):  # a full disk may take a part without an error
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+        if is_new:
+            fsync_path(self.folder)
+
+
+def _segment_of(line: bytes) -> Segment | None:
+    """The segment that a line of the manifest names, or None for anything else."""
+    try:
+        return Segment.model_validate_json(line)
+    except ValueError:
+        return None
 
 
 def _usable(segment: Segment, table: pa.Table, temperature: float, max_tv: float) -> dict[int, tuple[str, int, bytes]]:

@@ -1,7 +1,7 @@
 """Batches with soft labels, in the plan's order, asked for ahead of the training step.
 
 A feeder thread takes batches of crops from the loader and starts the labelling of each on an event loop of its own; a bounded queue holds
-them in order, so that answers may come out of order and batches do not, and no more than `in_flight` wait for the teacher.
+them in order, so that answers may come out of order and batches do not. A semaphore lets no more than `in_flight` wait for the teacher.
 
 Unit of data: `LabelledBatch`. Shapes: B images, K classes.
 """
@@ -45,11 +45,29 @@ Item: TypeAlias = Future[LabelledBatch] | BaseException | None
 """In the queue: a batch being labelled, what stopped the feeder, or the end of the epoch."""
 
 
+@dataclass(frozen=True)
+class _Feeding:
+    """One epoch's feeder thread, the queue that it fills, and the flag that stops it."""
+
+    thread: threading.Thread
+    ahead: queue.Queue[Item]
+    stop: threading.Event
+
+    def end(self) -> None:
+        """Stop the thread and throw away what is queued. Calling it twice does no harm."""
+        self.stop.set()
+        while self.thread.is_alive():
+            _drain(self.ahead)
+            self.thread.join(POLL_S)
+        _drain(self.ahead)
+
+
 class LabelledStream:
     """One worker's stream. Use as a context manager: leaving it commits what is pending and closes the teacher's connection.
 
     Args:
         open_backend: makes the teacher's client; called on the stream's own event loop.
+        in_flight: batches that may wait for the teacher, and batches that may wait for the training step.
     """
 
     def __init__(
@@ -58,24 +76,35 @@ class LabelledStream:
         self.loader = loader
         self.waits = Waits()
         self._in_flight = in_flight
+        self._slots = asyncio.Semaphore(in_flight)
+        self._labelling: set[asyncio.Task[Any]] = set()
+        self._feeding: _Feeding | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="labels", daemon=True)
         self._thread.start()
-        self.path: LabelPath = self._on_loop(self._make_path(store, open_backend, rules))
+        try:
+            self.path: LabelPath = self._on_loop(self._make_path(store, open_backend, rules))
+        except BaseException:
+            self._stop_loop()
+            raise
 
     async def _make_path(self, store: SoftLabelStore, open_backend: Callable[[], TeacherBackend], rules: LabelRules) -> LabelPath:
         return LabelPath(store, open_backend(), rules)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[LabelledBatch]:
-        """The labelled batches of an epoch from `start_step` on.
+        """The labelled batches of an epoch from `start_step` on. One epoch at a time: starting another ends this one.
 
         Raises:
             what the loader and the label path raise, at the batch that it befell.
         """
+        if self._feeding is not None:
+            self._feeding.end()
+        self._on_loop(self._refresh())  # what other workers committed in the last epoch
         ahead: queue.Queue[Item] = queue.Queue(maxsize=self._in_flight)
         stop = threading.Event()
-        feeder = threading.Thread(target=self._feed, args=(epoch, start_step, ahead, stop), name="feeder", daemon=True)
-        feeder.start()
+        thread = threading.Thread(target=self._feed, args=(epoch, start_step, ahead, stop), name="feeder", daemon=True)
+        feeding = self._feeding = _Feeding(thread, ahead, stop)
+        thread.start()
         try:
             while True:
                 asked_at = time.monotonic()
@@ -92,11 +121,7 @@ class LabelledStream:
                 yield batch
                 self.waits = self.waits.plus("student", time.monotonic() - handed_at)
         finally:
-            stop.set()
-            while feeder.is_alive():
-                _drain(ahead)
-                feeder.join(POLL_S)
-            _drain(ahead)
+            feeding.end()
 
     def _feed(self, epoch: int, start_step: int, ahead: queue.Queue[Item], stop: threading.Event) -> None:
         def put(item: Item) -> None:
@@ -116,8 +141,18 @@ class LabelledStream:
             put(error)
 
     async def _label(self, batch: CropBatch) -> LabelledBatch:
-        logits_BK, num_asked = await self.path.labels(batch)
+        task = asyncio.current_task()
+        assert task is not None
+        self._labelling.add(task)
+        try:
+            async with self._slots:
+                logits_BK, num_asked = await self.path.labels(batch)
+        finally:
+            self._labelling.discard(task)
         return LabelledBatch(batch, logits_BK, num_asked)
+
+    async def _refresh(self) -> None:
+        self.path.refresh()
 
     def commit(self) -> None:
         """Commit every label that was asked for so far."""
@@ -134,12 +169,27 @@ class LabelledStream:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
-            self.commit()
-            self._on_loop(self.path.teacher.close())
+            if self._feeding is not None:
+                self._feeding.end()  # an iterator that somebody still holds has not ended by itself
+            self._on_loop(self._finish())
         finally:
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            self._loop.close()
+            self._stop_loop()
+
+    async def _finish(self) -> None:
+        """Give up what is being asked for, keep what was answered, close the teacher's connection."""
+        for task in self._labelling:
+            task.cancel()
+        await asyncio.gather(*self._labelling, return_exceptions=True)
+        try:
+            self.path.commit()
+        finally:
+            await self.path.teacher.close()
+            await self._loop.shutdown_default_executor()
+
+    def _stop_loop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
 
 def _drain(ahead: queue.Queue[Item]) -> None:

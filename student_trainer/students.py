@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.checkpoint import load_checkpoint, load_weights, save_checkpoint
-from distill.errors import TeacherAnswerError
+from distill.errors import CheckpointError, TeacherAnswerError
 from distill.models.classifier import Classifier, build_classifier
 from distill.optimizers import build_optimizer, take_step
 from distill.teacher_info import Preprocessing
@@ -69,6 +69,9 @@ def restore_students(folder: Path, students: list[Student]) -> dict[str, Any]:
         CheckpointError: damaged, or of other students.
     """
     found = load_checkpoint(folder)
+    names, known = {s.settings.name for s in students}, {key.partition("/")[0] for key in found.weights}
+    if names != known:
+        raise CheckpointError(f"{folder} holds the students {', '.join(sorted(known))}, not {', '.join(sorted(names))}")
     for student in students:
         name = student.settings.name
         own = {k.removeprefix(f"{name}/"): v for k, v in found.weights.items() if k.startswith(f"{name}/")}

@@ -6,8 +6,12 @@ If the driver or a worker dies, the same call goes on from the last checkpoint t
 from __future__ import annotations
 
 import json
+import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import ray
@@ -58,7 +62,7 @@ def train_students(job: TrainJob, settings: RaySettings, folder: Path, title: st
                 logging_config=ray.train.LoggingConfig(log_level="ERROR"),
             ),
         )
-        with _Watch(board, title, folder / "metrics.jsonl") as watch:
+        with _Watch(board, title, job.train.global_batch, folder / "metrics.jsonl"), _own_ctrl_c():
             try:
                 result = trainer.fit()
             except ray.train.TrainingFailedError as error:
@@ -68,12 +72,27 @@ def train_students(job: TrainJob, settings: RaySettings, folder: Path, title: st
         if result.checkpoint is None:
             raise DistillError(f"training ended without a checkpoint; see {folder / 'ray'}")
         with result.checkpoint.as_directory() as final:
-            totals = _keep_students(Path(final) / "students", job, folder)
-        return {"totals": totals, "epochs": watch.epochs()}
+            progress = _keep_students(Path(final) / "students", job, folder)
+        return {"totals": progress["totals"], "epochs": progress["epochs"]}
 
 
-def _keep_students(checkpoint: Path, job: TrainJob, folder: Path) -> dict[str, float]:
-    """Write each student of the last checkpoint as a classifier of its own; return the run's totals."""
+@contextmanager
+def _own_ctrl_c() -> Iterator[None]:
+    """Ray Train answers Ctrl-C itself, by ending this process with exit code 0, and leaves its handler behind: make it Ctrl-C again."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals go to the main thread; Ray leaves them alone here
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as stop:
+        raise KeyboardInterrupt from stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _keep_students(checkpoint: Path, job: TrainJob, folder: Path) -> dict[str, Any]:
+    """Write each student of the last checkpoint as a classifier of its own; return the run's totals and epochs."""
     device = torch.device("cpu")
     students = [Student(s, len(job.class_names), job.data.preprocessing, job.seed, device) for s in job.train.students]
     progress = restore_students(checkpoint, students)
@@ -88,49 +107,47 @@ def _keep_students(checkpoint: Path, job: TrainJob, folder: Path) -> dict[str, f
             network=student.settings.network, class_names=job.class_names, preprocessing=job.data.preprocessing, origin=origin
         )
         save_classifier(folder / "students" / student.settings.name, student.network, card)
-    return progress["totals"]
+    return progress
 
 
 class _Watch:
-    """Reads the board in a thread while `fit` blocks: shows the progress, keeps the rows in metrics.jsonl."""
+    """Reads the board in a thread while `fit` blocks: shows the progress, writes the rows to metrics.jsonl."""
 
-    def __init__(self, board: BoardHandle, title: str, journal: Path) -> None:
+    def __init__(self, board: BoardHandle, title: str, global_batch: int, journal: Path) -> None:
+        self._batch = global_batch
         self._board = board
         self._journal = journal
         self._title = title
         self._stop = threading.Event()
+        self._failed = False
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
 
     def __enter__(self) -> _Watch:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._failed = error is not None
         self._stop.set()
         self._thread.join()
 
-    def epochs(self) -> list[dict[str, Any]]:
-        """One row an epoch, of this and of interrupted runs; an epoch done twice counts with its last row."""
-        rows = [json.loads(line) for line in self._journal.read_text(encoding="utf-8").splitlines()] if self._journal.exists() else []
-        by_epoch = {row["epoch"]: row for row in rows if row["kind"] == "epoch"}
-        return [by_epoch[epoch] for epoch in sorted(by_epoch)]
-
     def _watch(self) -> None:
         line: ProgressLine | None = None
-        with self._journal.open("a", encoding="utf-8") as journal:
+        with self._journal.open("a", encoding="utf-8", buffering=1) as journal:  # whole lines: kill -9 leaves no half of one
             while True:
                 last_look = self._stop.is_set()
                 for row in self._rows():
                     journal.write(json.dumps(row) + "\n")
                     if row["kind"] == "step":
                         line = line or self._start_line(row)
-                        line.update(row["step"] - line.done, _describe(row))
+                        line.update(row["step"] * self._batch - line.done, _describe(row))
                 if last_look:
                     break
                 self._stop.wait(WATCH_EVERY_S)
         if line is not None:
-            line.update(line.total - line.done)
-            line.__exit__(None, None, None)
+            if not self._failed:
+                line.update(line.total - line.done)
+            line.__exit__(None, DistillError("stopped") if self._failed else None, None)
 
     def _rows(self) -> list[dict[str, Any]]:
         try:
@@ -139,9 +156,9 @@ class _Watch:
             return []  # the cluster is going down; `fit` says why
 
     def _start_line(self, row: dict[str, Any]) -> ProgressLine:
-        line = ProgressLine(self._title, row["of"], "steps")
+        line = ProgressLine(self._title, row["of"] * self._batch)
         line.__enter__()
-        line.skip(row["step"])
+        line.skip(row["step"] * self._batch)
         return line
 
 

@@ -35,6 +35,6 @@ class Waits(Section):
             return "starting"
         worst = max(ADVICE, key=lambda name: getattr(self, name))
         share = getattr(self, worst) / total
-        if share < 0.05:
+        if share < 0.1:
             return f"student busy {self.student / total:.0%}"
         return f"student busy {self.student / total:.0%}, waits for {worst} {share:.0%} ({ADVICE[worst]})"

@@ -89,12 +89,13 @@ def _train(job: TrainJob, board: BoardHandle) -> None:
         Student(settings, len(job.class_names), job.data.preprocessing, job.seed + number, device)
         for number, settings in enumerate(job.train.students)
     ]
-    epoch, step, totals = _resume(students)
+    progress = _resume(students)
+    epoch, step = progress["epoch"], progress["step"]
     for student in students:
         student.trained = ray.train.torch.prepare_model(student.network, move_to_device=False) if world > 1 else student.network
     rejections = RejectionLog(Path(job.rejected_path), job.data.max_rejected_share)
     with _open_stream(job, rejections, rank, world) as stream:
-        run = _Run(job, board, stream, students, totals, rank, device)
+        run = _Run(job, board, stream, students, progress, rank, device)
         steps_per_epoch = stream.loader.plan(0).num_steps
         while epoch < job.epochs:
             for batch in stream.epoch(epoch, step):
@@ -103,19 +104,27 @@ def _train(job: TrainJob, board: BoardHandle) -> None:
                 if step % job.train.checkpoint_every_steps == 0 and step < steps_per_epoch:
                     run.checkpoint(epoch, step)
             epoch, step = epoch + 1, 0
-            run.end_epoch(epoch, rejections)
-            run.checkpoint(epoch, step)
+            stream.commit()
+            if world > 1:
+                torch.distributed.barrier()  # all have committed: the next epoch may meet images that another worker asked for
+            if is_evaluated(epoch, job.epochs, job.train.num_evaluations):
+                run.evaluate(epoch, rejections)
+                run.checkpoint(epoch, step)
     rejections.close()
 
 
-def _resume(students: list[Student]) -> tuple[int, int, dict[str, float]]:
-    """(epoch, step, totals) to go on with."""
+def is_evaluated(epoch: int, num_epochs: int, num_evaluations: int) -> bool:
+    """Whether the end of `epoch` (counted from 1) is one of `num_evaluations` that are spread evenly; the last one is."""
+    return epoch * num_evaluations // num_epochs > (epoch - 1) * num_evaluations // num_epochs
+
+
+def _resume(students: list[Student]) -> dict[str, Any]:
+    """epoch and step to go on with, the totals and the epochs so far."""
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
-        return 0, 0, {}
+        return {"epoch": 0, "step": 0, "totals": {}, "epochs": []}
     with checkpoint.as_directory() as folder:
-        progress = restore_students(Path(folder) / "students", students)
-    return int(progress["epoch"]), int(progress["step"]), progress["totals"]
+        return restore_students(Path(folder) / "students", students)
 
 
 class _Run:
@@ -127,12 +136,15 @@ class _Run:
         board: BoardHandle,
         stream: Stream,
         students: list[Student],
-        totals: dict[str, float],
+        progress: dict[str, Any],
         rank: int,
         device: torch.device,
     ) -> None:
         self.job, self.board, self.stream, self.students, self.rank, self.device = job, board, stream, students, rank, device
-        self.totals = {"images": 0.0, "asked": 0.0, "from_store": 0.0, "seconds": 0.0, **dict.fromkeys(Waits.model_fields, 0.0), **totals}
+        nothing = {"images": 0.0, "asked": 0.0, "from_store": 0.0, "seconds": 0.0, **dict.fromkeys(Waits.model_fields, 0.0)}
+        self.totals: dict[str, float] = {**nothing, **progress["totals"]}
+        self.epochs: list[dict[str, Any]] = list(progress["epochs"])
+        """One row an epoch: mean loss and test top-1 of each student. In the checkpoint, so that no row is lost or doubled."""
         self._before = dict(self.totals)
         self._started = time.monotonic()
         self._posted = 0.0
@@ -162,8 +174,8 @@ class _Run:
         for name, seconds in self.stream.waits:
             self.totals[name] = self._before[name] + seconds
 
-    def end_epoch(self, epoch: int, rejections: RejectionLog) -> None:
-        """Accuracy on the test images, and a row on the board."""
+    def evaluate(self, epoch: int, rejections: RejectionLog) -> None:
+        """Accuracy on the test images and mean loss since the last evaluation, as a row on the board."""
         means = np.mean(self._losses, axis=0).tolist() if self._losses else [float("nan")] * len(self.students)
         self._losses.clear()
         row: dict[str, Any] = {"kind": "epoch", "epoch": epoch, "loss": {}, "top1": {}}
@@ -173,6 +185,7 @@ class _Run:
                 logits_NK, labels_N = evaluate_on(network_logits(student.network), test, self.job.data, rejections)
                 row["loss"][student.settings.name] = loss
                 row["top1"][student.settings.name] = float((logits_NK.argmax(axis=1) == labels_N).mean())
+            self.epochs.append(row)
             self._post(row)
 
     def _post(self, row: dict[str, Any]) -> None:
@@ -184,7 +197,7 @@ class _Run:
     def checkpoint(self, epoch: int, step: int) -> None:
         """Commit the labels, then hand Ray a checkpoint that continues with (epoch, step)."""
         self.stream.commit()
-        progress: dict[str, Any] = {"epoch": epoch, "step": step, "totals": self.totals}
+        progress: dict[str, Any] = {"epoch": epoch, "step": step, "totals": self.totals, "epochs": self.epochs}
         if isinstance(self.stream, LabelledStream):
             progress["store"] = self.stream.path.store.manifest_digest()
         with tempfile.TemporaryDirectory() as folder:

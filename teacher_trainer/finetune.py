@@ -78,10 +78,13 @@ def finetune(
     with ProgressLine("finetune", num_steps * settings.global_batch) as line:
         for epoch in range(settings.epochs):
             for batch in loader.epoch(epoch):
+                done += 1
+                if len(batch.image_ids) < 2:
+                    continue  # bad images left fewer than batch norm needs; the step is passed over
                 network.train()
                 logits_BK = network(torch.from_numpy(batch.crops_VBHWC[0]).to(device))
                 loss = F.cross_entropy(logits_BK, torch.from_numpy(batch.labels_B).to(device))
-                take_step(optimizer, network, loss, settings.optimizer, done, num_steps)
-                done, loss_value = done + 1, loss.item()
+                take_step(optimizer, network, loss, settings.optimizer, done - 1, num_steps)
+                loss_value = loss.item()
                 line.update(settings.global_batch, f"loss {loss_value:.3f}")
     return {"steps": done, "seconds": time.monotonic() - started, "loss": loss_value, "num_labelled": labelled.num_images}

@@ -76,11 +76,10 @@ def pretrain(
     loader = CropLoader(source, recipe, loading, lambda epoch: (2 * epoch, 2 * epoch + 1), rejections)
     steps_per_epoch = loader.plan(0).num_steps
     num_steps = settings.epochs * steps_per_epoch
-    identity = digest_of(
-        {"settings": settings.model_dump(mode="json"), "data": data.model_dump(mode="json"), "seed": seed, "images": source.digest()}
-    )
-    done = _resume(folder / "checkpoint", identity, network, optimizer)
-    metrics: dict[str, float] = {}
+    identity = _identity(source, data, settings, seed)
+    done, metrics = _resume(folder / "checkpoint", identity, network, optimizer)
+    journal_path = folder / "metrics.jsonl"
+    _cut_journal(journal_path, done)
     saved_at = time.monotonic()
     started = time.monotonic()
 
@@ -88,13 +87,15 @@ def pretrain(
         manifest = {"kind": PRETRAINED, "identity": identity, "step": step, "network": settings.network.model_dump(), "metrics": metrics}
         save_checkpoint(folder / "checkpoint", network.state_dict(), manifest, {"optimizer": optimizer.state_dict()})
 
-    with ProgressLine("pretrain", num_steps * settings.global_batch) as line, (folder / "metrics.jsonl").open("a") as journal:
+    with ProgressLine("pretrain", num_steps * settings.global_batch) as line, journal_path.open("a", buffering=1) as journal:
         line.skip(done * settings.global_batch)
         for epoch in range(done // max(1, steps_per_epoch), settings.epochs):
             for batch in loader.epoch(epoch, start_step=done - epoch * steps_per_epoch):
-                generator = step_generator(seed, epoch, batch.step)
-                outcome = _train_step(network, optimizer, batch.crops_VBHWC, settings, generator, done, num_steps)
                 done += 1
+                if len(batch.image_ids) < 2:
+                    continue  # bad images left nothing to compare; the step is passed over
+                generator = step_generator(seed, epoch, batch.step)
+                outcome = _train_step(network, optimizer, batch.crops_VBHWC, settings, generator, done - 1, num_steps)
                 metrics = {"loss": outcome.loss.item(), "accuracy": outcome.accuracy.item(), "entropy": outcome.entropy.item()}
                 journal.write(json.dumps({"step": done, "epoch": epoch, **metrics}) + "\n")
                 line.update(settings.global_batch, f"loss {metrics['loss']:.3f}, finds its partner {metrics['accuracy']:.0%}")
@@ -128,18 +129,37 @@ def _train_step(
     return outcome
 
 
-def _resume(checkpoint: Path, identity: str, network: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Steps already done; 0 when there is no checkpoint of this identity."""
+def _identity(source: Source, data: DataSettings, settings: PretrainSettings, seed: int) -> str:
+    """Names everything that the weights depend on, and nothing else: more threads or another interval of saving must not start afresh."""
+    return digest_of(
+        {
+            "settings": settings.model_dump(mode="json", exclude={"checkpoint_every_s"}),
+            "preprocessing": data.preprocessing.model_dump(mode="json"),
+            "window_shards": data.window_shards,
+            "seed": seed,
+            "images": source.digest(),
+        }
+    )
+
+
+def _cut_journal(path: Path, steps: int) -> None:
+    """Take out of the journal what lies after the checkpoint: those steps are done, and written down, once more."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps), encoding="utf-8")
+
+
+def _resume(checkpoint: Path, identity: str, network: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, float]]:
+    """Steps already done and what the last one said; 0 and nothing when there is no checkpoint of this identity."""
     try:
         found = load_checkpoint(checkpoint)
     except CheckpointError as error:
         logger.info("pretraining starts afresh: %s", error)
-        return 0
+        return 0, {}
     if found.manifest.get("identity") != identity or found.state is None:
-        return 0
+        return 0, {}
     load_weights(network, found.weights, str(checkpoint))
     optimizer.load_state_dict(found.state["optimizer"])
-    return int(found.manifest["step"])
+    return int(found.manifest["step"]), dict(found.manifest["metrics"])
 
 
 def step_generator(seed: int, epoch: int, step: int) -> torch.Generator:

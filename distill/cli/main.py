@@ -84,11 +84,14 @@ def install_triton(home: Path | None) -> None:
 
 
 def _run_verb(verb: str, config: Path, fresh: bool, overrides: tuple[str, ...]) -> None:
-    from distill.cli import quickstart, serving, verbs
-    from distill.cli.run import Run
     from distill.cli.run_file import read_run_file
 
-    run = Run(read_run_file(config, list(overrides)))
+    file = read_run_file(config, list(overrides))  # first: a wrong word is refused at once, not after seconds of imports
+
+    from distill.cli import quickstart, serving, verbs
+    from distill.cli.run import Run
+
+    run = Run(file)
     simple: dict[str, Callable[[Run], Any]] = {
         "quickstart": quickstart.quickstart,
         "pretrain": verbs.pretrain,
@@ -138,11 +141,16 @@ def run_command(arguments: list[str]) -> int:
     """Run one command line; the answer is the exit code. Errors become one line, or a traceback with --debug."""
     try:
         cli.main(arguments, prog_name="distill", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:  # `distill` alone
+        click.echo(error.format_message(), err=True)
+        return error.exit_code
     except click.UsageError as error:
         return _say(f"{error.format_message()} (distill --help lists the verbs)", ConfigError.exit_code)
     except click.exceptions.Exit as stop:
         return stop.exit_code
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, click.Abort) as stop:
+        if isinstance(stop.__cause__, EOFError):  # click takes every EOFError, a file cut short too, for Ctrl-D at a prompt
+            return _unforeseen(stop.__cause__, arguments)
         return _say("stopped; what is finished is kept, the same command goes on from there", 130)
     except DistillError as error:
         if "--debug" in arguments:
@@ -151,11 +159,15 @@ def run_command(arguments: list[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output is gone; nothing more to say
         return 1
-    except Exception as error:
-        if "--debug" in arguments:
-            raise
-        return _say(f"unforeseen {type(error).__name__}: {error} (a fault of ours; --debug shows where)", 1)
+    except Exception as error:  # noqa: BLE001 - the last resort: said in one line, or raised with --debug
+        return _unforeseen(error, arguments)
     return 0
+
+
+def _unforeseen(error: Exception, arguments: list[str]) -> int:
+    if "--debug" in arguments:
+        raise error
+    return _say(f"unforeseen {type(error).__name__}: {error} (a fault of ours; --debug shows where)", 1)
 
 
 def _say(message: str, code: int) -> int:

@@ -72,7 +72,7 @@ def show_one_request(run: Run, url: str) -> None:
     except httpx.HTTPError as error:
         raise DistillError(f"the gateway at {url} did not answer the first request: {error}") from error
     console.print(
-        f"  $ curl --data-binary @{Path(record.image_id).name} -H 'Content-Type: image/{kind}' '{answer.request.url}'", markup=False
+        f"  $ curl --data-binary @{Path(record.image_id).stem}.{kind} -H 'Content-Type: image/{kind}' '{answer.request.url}'", markup=False
     )
     console.print(f"  {answer.text.strip()}", markup=False)
 

@@ -85,7 +85,7 @@ class Run:
     def train(self) -> Stage:
         """Stage 3."""
         settings = {
-            "train": plain(self.file.train.replace(requests_in_flight=1, teacher_patience_s=1, checkpoint_every_steps=1, control=True)),
+            "train": plain(self.file.train.replace(requests_in_flight=1, teacher_patience_s=1, checkpoint_every_steps=1, num_evaluations=1, control=True)),
             "crops": self._crops,
             "max_tv": self.file.store.max_tv,
             "num_workers": self.file.ray.num_workers,

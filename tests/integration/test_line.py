@@ -1,0 +1,140 @@
+"""The whole line through the real command: real Triton where it can run, real Ray, the shipped images at smoke size."""
+
+from __future__ import annotations
+
+import json
+import signal
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:  # the module of the fixtures, which importlib mode does not put on the path
+    from tests.integration.conftest import Line
+
+pytestmark = pytest.mark.integration
+
+STUDENTS = ("resnet10-quarter", "resnet10-eighth")
+NUM_IMAGES = 2000
+SHARD = Path(__file__).parents[2] / "data" / "fashion-mnist" / "train-000000.tar.gz"
+
+
+@pytest.fixture(scope="module")
+def finished(new_line: Callable[..., Line], tmp_path_factory: pytest.TempPathFactory) -> tuple[Line, str]:
+    """A quickstart that ran to its end, and what it said."""
+    line = new_line(tmp_path_factory.mktemp("line") / "run")
+    return line, line.done("quickstart")
+
+
+def stage_result(line: Line, stage: str) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((line.folder / stage / "stage.json").read_text())["result"]
+    return result
+
+
+def segments(line: Line) -> list[str]:
+    (manifest,) = line.folder.glob("store/*/manifest.jsonl")
+    return [row for row in manifest.read_text().splitlines() if row]
+
+
+def test_images_to_edge_students_and_a_report(finished: tuple[Line, str], backend: str) -> None:
+    line, said = finished
+    report = line.folder / "report" / "report.html"
+    assert str(report) in said
+    assert "curl --data-binary" in said
+    assert ("teacher served by triton" in said) == (backend == "server.backend=triton")
+    numbers = json.loads(report.with_suffix(".json").read_text())
+    for student in STUDENTS:
+        assert (line.folder / "export-student" / student / f"{student}.fp32.onnx").stat().st_size > 10_000
+        entry = numbers["stages"]["evaluate"]["students"][student]
+        assert f"{entry['scores']['top1']:.1%}" in report.read_text()
+        assert entry["scores"]["num_images"] == 1000
+    assert len(numbers["stages"]["train"]["epochs"]) == 2
+    assert line.processes() == {}
+
+
+def test_the_second_epoch_reads_what_the_first_asked_for(finished: tuple[Line, str]) -> None:
+    line, _ = finished
+    result = stage_result(line, "train")
+    totals = result["totals"]
+    assert (totals["images"], totals["asked"], totals["from_store"]) == (2 * NUM_IMAGES, NUM_IMAGES, NUM_IMAGES)
+    assert result["store"]["num_labels"] == NUM_IMAGES
+
+
+def test_a_second_quickstart_reuses_everything(finished: tuple[Line, str]) -> None:
+    line, _ = finished
+    stages = {path: path.stat().st_mtime_ns for path in line.folder.glob("*/stage.json")}
+    assert len(stages) == 7
+    started = time.monotonic()
+    said = line.done("quickstart")
+    assert time.monotonic() - started < 40  # imports and the report; the first one trains, serves and measures
+    assert said.count("reused") == 6
+    assert "serve" not in said
+    assert {path: path.stat().st_mtime_ns for path in line.folder.glob("*/stage.json")} == stages
+
+
+def test_labelling_ahead_asks_for_nothing_that_is_there(finished: tuple[Line, str]) -> None:
+    line, _ = finished
+    before = segments(line)
+    assert f"store: {NUM_IMAGES} labels" in line.done("label")
+    assert segments(line) == before
+    assert line.processes() == {}
+
+
+def test_ctrl_c_in_the_middle_of_training_leaves_nothing(
+    finished: tuple[Line, str], tmp_path: Path, wait_until: Callable[..., Any], listening: Callable[[], set[int]]
+) -> None:
+    line = finished[0].copy(tmp_path / "run", "train.epochs=1000")
+    process = line.start("quickstart")
+    journal = line.folder / "train" / "metrics.jsonl"
+    started = time.time()
+    wait_until(lambda: journal.exists() and journal.stat().st_mtime > started and journal.stat().st_size, process)
+    ports, processes = line.ports(), line.processes()
+    assert len(ports) > 3
+    assert any("RayTrainWorker" in command for command in processes.values())
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err[-3000:]
+    assert err.strip().splitlines() == ["distill: stopped; what is finished is kept, the same command goes on from there"]
+    wait_until(lambda: not line.processes(), timeout_s=15)
+    assert not ports & listening()
+
+
+def test_a_path_that_does_not_exist_is_one_line(new_line: Callable[..., Line], tmp_path: Path) -> None:
+    made = new_line(tmp_path / "run").run("quickstart", "data.unlabelled.path=nowhere/at-all")
+    assert made.returncode == 2
+    assert made.stderr == "distill: nowhere/at-all does not exist; check the path\n"
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A flat folder of 60 images, one of them cut off in the middle."""
+    folder = tmp_path / "photos"
+    with tarfile.open(SHARD) as tar:
+        members = [member for member in tar.getmembers() if member.name.endswith(".png")][:60]
+        tar.extractall(folder, members, filter="data")
+    bad = sorted(folder.iterdir())[7]
+    bad.write_bytes(bad.read_bytes()[:100])
+    bad.rename(folder / "bad.png")
+    return folder
+
+
+def test_a_bad_image_is_listed_and_the_run_goes_on(new_line: Callable[..., Line], tmp_path: Path, photos: Path) -> None:
+    line = new_line(tmp_path / "run", f"data.unlabelled.path={photos}", "pretrain.global_batch=20", "data.max_rejected_share=0.05")
+    line.done("pretrain")
+    rejected = [json.loads(row) for row in (line.folder / "rejected.jsonl").read_text().splitlines()]
+    assert [row["image_id"] for row in rejected] == ["bad.png"]
+    assert rejected[0]["reason"]
+    assert (line.folder / "pretrain" / "stage.json").exists()
+
+
+def test_too_many_bad_images_stop_the_run_with_the_list(new_line: Callable[..., Line], tmp_path: Path, photos: Path) -> None:
+    line = new_line(tmp_path / "run", f"data.unlabelled.path={photos}", "pretrain.global_batch=20")
+    made = line.run("pretrain")
+    assert made.returncode == 2
+    (said,) = made.stderr.splitlines()
+    assert "over the limit of 1.00%" in said
+    assert str(line.folder / "rejected.jsonl") in said
+    assert not (line.folder / "pretrain" / "stage.json").exists()

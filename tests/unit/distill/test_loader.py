@@ -1,0 +1,224 @@
+"""Batches of crops: in the plan's order whatever the number of threads, bad images listed and left out, several views from one decode."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+from collections import Counter
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from distill.crops import CropKey, CropRecipe, crop_image, decode_image
+from distill.errors import ConfigError, SourceError, TooManyRejected
+from distill.loader import UNLABELLED, CropBatch, CropLoader, LoaderSettings
+from distill.rejections import RejectionLog
+from distill.sources import ImageRecord, ShardInfo
+
+SIZE = 12
+RECIPE = CropRecipe(kind="random_resized", image_size=SIZE)
+
+
+def png(seed: int) -> bytes:
+    """A noise image, so that no two crops of it are alike."""
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+class MemorySource:
+    """Images in memory; counts how often each shard is read."""
+
+    class_names = ("even", "odd")
+
+    def __init__(self, shard_sizes: tuple[int, ...], broken: frozenset[int] = frozenset(), labelled: bool = True) -> None:
+        numbers = itertools.count()
+        self._records = [[self._make(next(numbers), broken, labelled) for _ in range(size)] for size in shard_sizes]
+        self.shards = tuple(ShardInfo(f"s{index}", len(records)) for index, records in enumerate(self._records))
+        self.num_images = sum(shard_sizes)
+        self.reads: Counter[int] = Counter()
+
+    @staticmethod
+    def _make(number: int, broken: frozenset[int], labelled: bool) -> ImageRecord:
+        return ImageRecord(f"{number:04d}", png(number)[: 60 if number in broken else None], number % 2 if labelled else None)
+
+    def read_shard(self, index: int) -> list[ImageRecord]:
+        self.reads[index] += 1
+        return self._records[index]
+
+    def read_labels(self, index: int) -> list[tuple[str, int | None]]:
+        return [(record.image_id, record.label) for record in self._records[index]]
+
+    def digest(self) -> str:
+        return "memory"
+
+    def record(self, shard: int, row: int) -> ImageRecord:
+        return self._records[shard][row]
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Iterator[RejectionLog]:
+    rejections = RejectionLog(tmp_path / "rejected.jsonl", max_share=1.0)
+    yield rejections
+    rejections.close()
+
+
+def loader_of(
+    source: MemorySource, log: RejectionLog, views: tuple[int, ...] = (0,), rank: int = 0, world: int = 1, **more: int
+) -> CropLoader:
+    chosen = LoaderSettings(**{"seed": 5, "global_batch": 4, "window_shards": 2, "drop_last": False, **more})  # type: ignore[arg-type]
+    return CropLoader(source, RECIPE, chosen, lambda epoch: views, log, rank, world)
+
+
+def same(one: CropBatch, other: CropBatch) -> bool:
+    return (
+        (one.epoch, one.step, one.views, one.image_ids) == (other.epoch, other.step, other.views, other.image_ids)
+        and np.array_equal(one.rows, other.rows)
+        and np.array_equal(one.crops_VBHWC, other.crops_VBHWC)
+        and np.array_equal(one.labels_B, other.labels_B)
+    )
+
+
+class TestBatches:
+    def test_each_batch_is_the_plans_rows_cut_by_key(self, log: RejectionLog) -> None:
+        source = MemorySource((5, 0, 6, 3))
+        loader = loader_of(source, log, views=(2, 7))
+        batches = list(loader.epoch(1))
+        assert [batch.step for batch in batches] == [0, 1, 2, 3]
+        for batch, (_, rows) in zip(batches, loader.plan(1).batches(), strict=True):
+            np.testing.assert_array_equal(batch.rows, rows)
+            records = [source.record(shard, row) for shard, row in rows]
+            assert batch.image_ids == [record.image_id for record in records]
+            assert batch.labels_B.tolist() == [record.label for record in records]
+            assert batch.crops_VBHWC.dtype == np.uint8
+            assert batch.crops_VBHWC.shape == (2, len(rows), SIZE, SIZE, 3)
+            for v, view in enumerate((2, 7)):
+                for b, record in enumerate(records):
+                    expected = crop_image(decode_image(record.data), CropKey(5, view, record.image_id), RECIPE)
+                    np.testing.assert_array_equal(batch.crops_VBHWC[v, b], expected)
+
+    def test_threads_change_nothing(self, log: RejectionLog) -> None:
+        source = MemorySource((5, 6, 3, 9), broken=frozenset({4, 11}))
+        runs = [
+            list(loader_of(source, log, (0, 1), num_threads=threads, batches_ahead=ahead).epoch(0))
+            for threads, ahead in ((1, 0), (4, 1), (4, 9))
+        ]
+        assert len(runs[0]) == 6
+        for run in runs[1:]:
+            assert all(same(one, other) for one, other in zip(runs[0], run, strict=True))
+
+    def test_views_of_one_decode_differ(self, log: RejectionLog, monkeypatch: pytest.MonkeyPatch) -> None:
+        decoded = []
+
+        def counting(data: bytes) -> npt.NDArray[np.uint8]:
+            decoded.append(data)
+            return decode_image(data)
+
+        monkeypatch.setattr("distill.loader.decode_image", counting)
+        for batch in loader_of(MemorySource((8,)), log, (0, 1)).epoch(0):
+            for first, second in zip(*batch.crops_VBHWC, strict=True):
+                assert not np.array_equal(first, second)
+        assert len(decoded) == 8
+
+    def test_start_step_and_workers_follow_the_plan(self, log: RejectionLog) -> None:
+        source = MemorySource((5, 6, 3))
+        whole = list(loader_of(source, log).epoch(3))
+        rest = list(loader_of(source, log).epoch(3, start_step=2))
+        assert all(same(one, other) for one, other in zip(rest, whole[2:], strict=True))
+        for rank in range(2):
+            part = list(loader_of(source, log, rank=rank, world=2).epoch(3))
+            for mine, all_of_it in zip(part, whole, strict=True):
+                assert mine.image_ids == all_of_it.image_ids[rank::2]
+                np.testing.assert_array_equal(mine.crops_VBHWC, all_of_it.crops_VBHWC[:, rank::2])
+
+    def test_no_label_is_minus_one(self, log: RejectionLog) -> None:
+        batch = next(loader_of(MemorySource((4,), labelled=False), log).epoch(0))
+        assert batch.labels_B.tolist() == [UNLABELLED] * 4 == [-1] * 4
+
+    def test_rows_of_a_shard(self, log: RejectionLog) -> None:
+        assert loader_of(MemorySource((2, 3)), log).rows_of_shard(1).tolist() == [[1, 0], [1, 1], [1, 2]]
+
+    def test_views_are_the_epochs(self, log: RejectionLog) -> None:
+        source = MemorySource((4,))
+        loader = CropLoader(source, RECIPE, LoaderSettings(0, 4), lambda epoch: (2 * epoch, 2 * epoch + 1), log)
+        assert [next(loader.epoch(epoch)).views for epoch in range(3)] == [(0, 1), (2, 3), (4, 5)]
+
+
+class TestBadImages:
+    def test_left_out_and_listed_the_rest_keeps_its_place(self, log: RejectionLog) -> None:
+        broken = frozenset({1, 6, 7})
+        clean = list(loader_of(MemorySource((6, 6)), log).epoch(0))
+        found = list(loader_of(MemorySource((6, 6), broken), log).epoch(0))
+        bad_ids = {f"{n:04d}" for n in broken}
+        for batch, complete in zip(found, clean, strict=True):
+            kept = [b for b, image_id in enumerate(complete.image_ids) if image_id not in bad_ids]
+            assert batch.step == complete.step
+            assert batch.image_ids == [complete.image_ids[b] for b in kept]
+            np.testing.assert_array_equal(batch.rows, complete.rows[kept])
+            np.testing.assert_array_equal(batch.crops_VBHWC, complete.crops_VBHWC[:, kept])
+            assert batch.labels_B.tolist() == complete.labels_B[kept].tolist()
+        listed = [json.loads(line) for line in log.path.read_text().splitlines()]
+        assert {entry["image_id"] for entry in listed} == bad_ids
+        assert all(entry["reason"] for entry in listed)
+
+    def test_a_batch_of_bad_images_only(self, log: RejectionLog) -> None:
+        batches = list(loader_of(MemorySource((4,), frozenset(range(4))), log, (0, 1)).epoch(0))
+        assert [batch.crops_VBHWC.shape for batch in batches] == [(2, 0, SIZE, SIZE, 3)]
+        assert batches[0].rows.shape == (0, 2)
+        assert batches[0].image_ids == []
+
+    def test_counted_once_not_once_an_epoch(self, log: RejectionLog) -> None:
+        loader = loader_of(MemorySource((10,), frozenset({3})), log)
+        for epoch in range(3):
+            assert len(list(loader.epoch(epoch))) == 3
+        assert (log.num_seen, log.num_rejected) == (10, 1)
+
+    def test_too_many_stop_the_job(self, tmp_path: Path) -> None:
+        log = RejectionLog(tmp_path / "rejected.jsonl", max_share=0.1, min_seen=8)
+        loader = loader_of(MemorySource((40,), frozenset(range(0, 40, 2))), log)
+        with pytest.raises(TooManyRejected, match=r"over the limit of 10\.00%") as caught:
+            list(loader.epoch(0))
+        assert str(log.path) in str(caught.value)
+        with pytest.raises(TooManyRejected):
+            log.close()
+
+    def test_within_the_limit_it_goes_on(self, tmp_path: Path) -> None:
+        with RejectionLog(tmp_path / "rejected.jsonl", max_share=0.1, min_seen=8) as log:
+            batches = list(loader_of(MemorySource((40,), frozenset({1, 2})), log).epoch(0))
+        assert sum(len(batch.image_ids) for batch in batches) == 38
+
+
+class TestLimits:
+    def test_batch_larger_than_the_source_names_both(self, log: RejectionLog) -> None:
+        with pytest.raises(ConfigError, match="batch 12 is larger than the 11 images there are"):
+            loader_of(MemorySource((5, 6)), log, global_batch=12, drop_last=True)
+
+    def test_evaluation_may_have_less_than_a_batch(self, log: RejectionLog) -> None:
+        assert [len(batch.image_ids) for batch in loader_of(MemorySource((3,)), log, global_batch=256).epoch(0)] == [3]
+
+    def test_each_shard_is_read_once_an_epoch(self, log: RejectionLog) -> None:
+        source = MemorySource((8,) * 6)
+        list(loader_of(source, log, window_shards=2, num_threads=3).epoch(0))
+        assert set(source.reads.values()) == {1}
+
+    def test_bounded_ahead(self, log: RejectionLog) -> None:
+        """With nobody taking batches, no more are made than may lie ahead."""
+        source = MemorySource((4,) * 40)
+        batches = loader_of(source, log, window_shards=1, num_threads=2, batches_ahead=3).epoch(0)
+        assert isinstance(batches, Generator)
+        next(batches)
+        batches.close()  # waits for the threads
+        assert 1 <= sum(source.reads.values()) <= 4
+
+    def test_an_unreadable_shard_reaches_the_caller(self, log: RejectionLog) -> None:
+        class Gone(MemorySource):
+            def read_shard(self, index: int) -> list[ImageRecord]:
+                raise SourceError("shard s0 is gone")
+
+        with pytest.raises(SourceError, match="shard s0 is gone"):
+            list(loader_of(Gone((8,)), log, num_threads=3).epoch(0))

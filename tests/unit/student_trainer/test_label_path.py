@@ -1,0 +1,191 @@
+"""The way to a label: asked for once, kept, the same for ever; a silent teacher is waited for, a wrong answer never kept."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distill.errors import FingerprintMismatch, StoreError, TeacherAnswerError, TeacherUnavailable
+from distill.loader import CropBatch, CropLoader
+from distill.soft_labels import softmax
+from student_trainer import label_path
+from student_trainer.label_path import LabelPath, LabelRules
+from student_trainer.store import SoftLabelStore
+from teacher_server.fake import FakeTeacher, fake_logits
+
+RULES = LabelRules(temperature=2.0, temperatures=(1.0, 2.0), max_tv=0.02, patience_s=60)
+
+
+async def label_all(path: LabelPath, batches: list[CropBatch]) -> list[Any]:
+    return [await path.labels(batch) for batch in batches]
+
+
+def one_epoch(loader_of: Any) -> list[CropBatch]:
+    return list(loader_of(global_batch=4).epoch(0))
+
+
+def test_asks_once_and_hands_on_the_same_bits_for_ever(store: SoftLabelStore, loader_of: Any, held_by: Any) -> None:
+    batches = one_epoch(loader_of)
+    teacher = FakeTeacher()
+    path = LabelPath(store, teacher, RULES)
+    first = asyncio.run(label_all(path, batches))
+    assert [asked for _, asked in first] == [4] * 6
+    assert sum(teacher.calls) == 24
+    unwritten = asyncio.run(label_all(path, batches))  # not committed yet: from memory
+    path.commit()
+    written = asyncio.run(label_all(path, batches))
+    later = asyncio.run(label_all(LabelPath(SoftLabelStore(store.folder, store.identity), teacher, RULES), batches))
+    for again in (unwritten, written, later):
+        assert [asked for _, asked in again] == [0] * 6
+        for (before_BK, _), (now_BK, _) in zip(first, again, strict=True):
+            np.testing.assert_array_equal(before_BK, now_BK)
+    assert sum(teacher.calls) == path.num_asked == 24
+    assert path.num_from_store == 48
+    assert set(held_by(store).values()) == {1}
+    assert len(held_by(store)) == 24
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_labels_are_the_teachers_within_max_tv(store: SoftLabelStore, loader_of: Any, temperature: float) -> None:
+    for batch, (logits_BK, _) in zip(
+        batches := one_epoch(loader_of), asyncio.run(label_all(LabelPath(store, FakeTeacher(), RULES), batches)), strict=True
+    ):
+        true_BK = fake_logits(batch.crops_VBHWC[0], 10)
+        tv_B = 0.5 * np.abs(softmax(true_BK, temperature) - softmax(logits_BK, temperature)).sum(axis=1)
+        assert tv_B.max() <= RULES.max_tv + 1e-6
+
+
+def test_asks_only_for_what_is_missing(store: SoftLabelStore, loader_of: Any) -> None:
+    batches = one_epoch(loader_of)
+    teacher = FakeTeacher()
+    path = LabelPath(store, teacher, RULES)
+    asyncio.run(label_all(path, batches[::2]))
+    path.commit()
+    counts = [asked for _, asked in asyncio.run(label_all(path, one_epoch(loader_of)))]
+    assert counts == [0, 4, 0, 4, 0, 4]
+
+
+class Clock:
+    """Time that passes only when somebody sleeps."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        self.pauses: list[float] = []
+        monkeypatch.setattr(label_path, "time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(label_path, "asyncio", SimpleNamespace(sleep=self.sleep))
+
+    async def sleep(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        self.now += seconds
+
+
+def test_waits_for_a_silent_teacher_with_growing_bounded_random_pauses(
+    store: SoftLabelStore, loader_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+    path = LabelPath(store, FakeTeacher(unavailable_calls=10), RULES)
+    batch = one_epoch(loader_of)[0]
+    _, asked = asyncio.run(path.labels(batch))
+    assert asked == 4
+    assert path.waiting_since is None
+    longest = [min(0.2 * 2**n, 5.0) for n in range(10)]
+    assert len(clock.pauses) == 10
+    assert all(limit / 2 <= pause <= limit for pause, limit in zip(clock.pauses, longest, strict=True))
+    assert len({pause / limit for pause, limit in zip(clock.pauses, longest, strict=True)}) > 5
+
+
+def test_gives_up_after_its_patience_and_says_the_limit(store: SoftLabelStore, loader_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    path = LabelPath(store, FakeTeacher(unavailable_calls=10_000), RULES)
+    with pytest.raises(TeacherUnavailable, match=r"no answer for 6\d s \(limit train.teacher_patience_s=60\): the fake teacher was told"):
+        asyncio.run(path.labels(one_epoch(loader_of)[0]))
+    assert 60 < sum(clock.pauses) <= 65
+    assert path.waiting_since == 1000.0
+
+
+def test_another_teacher_is_refused_before_it_is_asked(store: SoftLabelStore, loader_of: Any, tmp_path: Path) -> None:
+    other = SoftLabelStore(tmp_path / "other", store.identity.replace(fingerprint="e" * 64))
+    teacher = FakeTeacher()
+    with pytest.raises(FingerprintMismatch, match="the teacher that answers is ffffffffffff, the labels wanted are of eeeeeeeeeeee"):
+        asyncio.run(LabelPath(other, teacher, RULES).labels(one_epoch(loader_of)[0]))
+    assert teacher.calls == []
+
+
+def test_a_nan_is_never_kept(store: SoftLabelStore, loader_of: Any, held_by: Any) -> None:
+    path = LabelPath(store, FakeTeacher(answer_nan=True), RULES)
+    with pytest.raises(TeacherAnswerError, match="NaN"):
+        asyncio.run(path.labels(one_epoch(loader_of)[0]))
+    path.commit()
+    assert held_by(store) == {}
+    assert path.num_asked == 0
+
+
+def test_changed_images_are_refused(store: SoftLabelStore, loader_of: Any, source: Any) -> None:
+    path = LabelPath(store, FakeTeacher(), RULES)
+    asyncio.run(label_all(path, one_epoch(loader_of)))
+    path.commit()
+    renamed: CropLoader = loader_of(global_batch=4, of=type(source)(prefix="renamed"))
+    with pytest.raises(FingerprintMismatch, match=r"has image 'image-.*' where the source has 'renamed-.*choose another store.path"):
+        asyncio.run(path.labels(next(iter(renamed.epoch(0)))))
+
+
+def test_a_commit_that_fails_half_way_doubles_nothing_when_it_is_tried_again(
+    store: SoftLabelStore, loader_of: Any, held_by: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = LabelPath(store, FakeTeacher(), RULES)
+    batches = one_epoch(loader_of)
+    asyncio.run(label_all(path, batches))
+    real, calls = store.commit, iter(range(100))
+
+    def fail_second(*arguments: Any) -> Any:
+        if next(calls) == 1:
+            raise StoreError("disk full")
+        return real(*arguments)
+
+    monkeypatch.setattr(store, "commit", fail_second)
+    with pytest.raises(StoreError):
+        path.commit()
+    path.commit()  # what leaving the stream does
+    assert set(held_by(store).values()) == {1}
+    assert len(held_by(store)) == 18  # the shard whose commit failed is the store's to know
+    asked = sum(asked for _, asked in asyncio.run(label_all(path, batches)))
+    path.commit()
+    assert asked == 6
+    assert len(held_by(store)) == 24
+    assert set(held_by(store).values()) == {1}
+
+
+def test_what_others_committed_is_seen_after_a_refresh_even_if_it_was_looked_at_before(store: SoftLabelStore, loader_of: Any) -> None:
+    batches = one_epoch(loader_of)
+    mine = LabelPath(store, FakeTeacher(), RULES)
+    other = LabelPath(SoftLabelStore(store.folder, store.identity), FakeTeacher(), RULES)
+    asyncio.run(label_all(mine, batches[:1]))  # holds shards as they are now: empty
+    asyncio.run(label_all(other, batches[1:]))
+    other.commit()
+    mine.refresh()
+    assert [asked for _, asked in asyncio.run(label_all(mine, batches[1:]))] == [0] * 5
+
+
+def test_labels_in_memory_are_written_before_they_are_many(
+    store: SoftLabelStore, loader_of: Any, held_by: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(label_path, "COMMIT_AT", 8)
+    path = LabelPath(store, FakeTeacher(), RULES)
+    asyncio.run(label_all(path, one_epoch(loader_of)[:5]))
+    assert len(held_by(store)) == 16
+
+
+def test_shards_held_in_memory_are_bounded(store: SoftLabelStore, loader_of: Any) -> None:
+    rules = LabelRules(temperature=1.0, temperatures=(1.0,), max_tv=0.02, patience_s=1, views_held=2)
+    path = LabelPath(store, FakeTeacher(), rules)
+    loader = loader_of(num_views=5, global_batch=4)
+    for epoch in range(5):
+        asyncio.run(label_all(path, list(loader.epoch(epoch))))
+        path.commit()
+    assert len(path._held) <= 2
+    assert path._pending == {}

@@ -1,0 +1,333 @@
+"""The soft-label store under crashes, damage, races and full disks: what was committed is there, once, or the reader is told."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from distill.crops import CropRecipe
+from distill.errors import FingerprintMismatch, StoreError
+from distill.soft_labels import Encoding, Record, decode, encode, softmax
+from student_trainer import store as store_module
+from student_trainer.store import Segment, SoftLabelStore, StoreIdentity
+
+MAX_TV = 0.02
+RANDOM = np.random.default_rng(0)
+LOGITS = (RANDOM.normal(0, 4, (20, 10))).astype(np.float32)
+RECORDS = encode(LOGITS, (1.0,), MAX_TV)
+COMMITTERS = Path(__file__).with_name("commit_in_processes.py")
+
+
+def put(store: SoftLabelStore, rows: list[int], view: int = 0, shard: int = 0) -> list[Segment]:
+    return store.commit(view, shard, rows, [f"image-{row}" for row in rows], [RECORDS[row] for row in rows], (1.0,))
+
+
+def reopened(store: SoftLabelStore) -> SoftLabelStore:
+    return SoftLabelStore(store.folder, store.identity)
+
+
+def rows_read(store: SoftLabelStore, view: int = 0, shard: int = 0) -> set[int]:
+    return set(store.read(view, shard, 1.0, MAX_TV).rows)
+
+
+def leftovers(store: SoftLabelStore) -> list[str]:
+    """Files of segments that the manifest does not name."""
+    named = {segment.file for segment in reopened(store).segments}
+    return [str(path) for path in store.folder.glob("view-*/*") if f"{path.parent.name}/{path.name}" not in named]
+
+
+@pytest.fixture
+def quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    with caplog.at_level(logging.CRITICAL, logger="student_trainer.store"):
+        yield
+
+
+def test_reads_back_what_was_committed(store: SoftLabelStore) -> None:
+    put(store, [3, 1, 2])
+    put(store, [7], shard=1)
+    labels = reopened(store).read(0, 0, 1.0, MAX_TV)
+    assert sorted(labels.rows) == [1, 2, 3]
+    for row, position in labels.rows.items():
+        assert labels.image_ids[position] == f"image-{row}"
+        expected = decode([RECORDS[row].encoding], [RECORDS[row].data], 10)[0]
+        np.testing.assert_array_equal(labels.logits_NK[position], expected)
+        tv = 0.5 * np.abs(softmax(LOGITS[[row]], 1.0) - softmax(labels.logits_NK[[position]], 1.0)).sum()
+        assert tv <= MAX_TV + 1e-6
+    assert rows_read(store, view=1) == set()
+    assert store.stats().num_labels == 4
+
+
+def test_commit_tells_of_other_writers_segments_too(store: SoftLabelStore) -> None:
+    other = reopened(store)
+    put(other, [1])
+    assert [(s.shard, s.num_labels) for s in put(store, [5], shard=2)] == [(0, 1), (2, 1)]
+    assert store.refresh() == []
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: no handler of errors runs."""
+
+
+def interrupting(monkeypatch: pytest.MonkeyPatch, at: int) -> list[str]:
+    """Make the `at`-th of all steps of a commit that touch the disk raise Killed before it does anything; returns the steps seen."""
+    seen: list[str] = []
+
+    def wrap(owner: Any, name: str) -> None:
+        real: Callable[..., Any] = getattr(owner, name)
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            seen.append(name)
+            if len(seen) == at + 1:
+                raise Killed
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, step)
+
+    for owner, name in ((os, "mkdir"), (os, "rename"), (os, "fsync"), (os, "write"), (pq, "write_table"), (store_module, "file_sha256")):
+        wrap(owner, name)
+    return seen
+
+
+@pytest.mark.parametrize("view", [0, 1])  # a folder that exists, and one that the commit makes
+def test_killed_at_any_step_of_a_commit_nothing_is_lost_or_doubled(
+    tmp_path: Path, identity: StoreIdentity, view: int, held_by: Any, quiet: None
+) -> None:
+    """The next process reads every label whose commit returned, asks for the others, and ends with each once."""
+    wanted = {(0, 0, 1): 1, (0, 0, 2): 1, (view, 0, 3): 1, (view, 0, 4): 1}
+    for at in range(50):
+        store = SoftLabelStore(tmp_path / f"killed-{at}", identity)
+        put(store, [1, 2])
+        with pytest.MonkeyPatch.context() as patch:
+            seen = interrupting(patch, at)
+            try:
+                put(store, [3, 4], view=view)
+                survived = True
+            except Killed:
+                survived = False
+        again = reopened(store)
+        assert rows_read(again) >= {1, 2}, seen
+        missing = {3, 4} - rows_read(again, view=view)
+        assert missing in (set(), {3, 4}), seen
+        if missing:
+            put(again, sorted(missing), view=view)
+        assert held_by(again) == wanted, seen
+        if survived:
+            assert not missing
+            assert len(seen) == at
+            assert {"fsync", "rename", "write", "write_table"} <= set(seen)
+            return
+    pytest.fail("a commit has no end")
+
+
+def test_manifest_cut_anywhere_loses_only_its_last_line(tmp_path: Path, identity: StoreIdentity, held_by: Any, quiet: None) -> None:
+    store = SoftLabelStore(tmp_path / "store", identity)
+    put(store, [1, 2])
+    manifest = store.folder / "manifest.jsonl"
+    before = manifest.read_bytes()
+    put(store, [3, 4])
+    after = manifest.read_bytes()
+    size = len(after) - len(before)
+    for cut in [len(before) + at for at in range(size + 1) if at < 5 or at > size - 5 or at % 7 == 0]:
+        manifest.write_bytes(after[:cut])
+        again = reopened(store)
+        missing = sorted({1, 2, 3, 4} - rows_read(again))
+        assert missing in ([], [3, 4])
+        if missing:
+            put(again, missing)
+        put(again, [5])
+        assert held_by(again) == dict.fromkeys(((0, 0, row) for row in (1, 2, 3, 4, 5)), 1), cut
+
+
+def test_a_damaged_line_is_passed_over_and_said(store: SoftLabelStore, caplog: pytest.LogCaptureFixture) -> None:
+    put(store, [1])
+    with (store.folder / "manifest.jsonl").open("ab") as manifest:
+        manifest.write(b'{"view": 0, "sha')
+    again = reopened(store)
+    put(again, [2])
+    assert rows_read(again) == rows_read(reopened(store)) == {1, 2}
+    assert "damaged line" in caplog.text
+
+
+def run_committers(what: str, store: SoftLabelStore) -> list[tuple[int, ...]]:
+    arguments = [sys.executable, str(COMMITTERS), what, str(store.folder), store.identity.model_dump_json()]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return [tuple(int(word) for word in line.split()) for line in done.stdout.splitlines()]
+
+
+def test_sigkill_at_random_moments(store: SoftLabelStore, held_by: Any, quiet: None) -> None:
+    """What returned is there once; at most the one commit in flight of each victim may be there beyond it, whole."""
+    told = run_committers("kill", store)
+    held = held_by(store)
+    assert len(told) > 24
+    assert set(told) <= set(held)
+    assert set(held.values()) == {1}
+    beyond = Counter(shard for _, shard, _ in set(held) - set(told))
+    assert all(count == 2 for count in beyond.values())
+
+
+def test_processes_that_commit_at_once_lose_nothing(store: SoftLabelStore, held_by: Any) -> None:
+    told = run_committers("race", store)
+    assert len(told) == 3 * 25 * 2
+    assert held_by(store) == Counter(told)
+    assert leftovers(store) == []
+
+
+@pytest.mark.parametrize("damage", ["altered", "truncated", "gone"])
+def test_a_damaged_segment_counts_as_not_there_and_the_rest_is_read(
+    store: SoftLabelStore, damage: str, held_by: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    (bad,) = put(store, [1, 2])
+    put(store, [3])
+    path = store.folder / bad.file
+    data = path.read_bytes()
+    middle = len(data) // 2
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(data[:middle] + (bytes([data[middle] ^ 1]) + data[middle + 1 :] if damage == "altered" else b""))
+    for reader in (store, reopened(store)):  # one that knew it before, one that starts now
+        assert rows_read(reader) == {3}
+        assert reader.stats().num_labels == 1
+    assert "asked for again" in caplog.text
+    assert not path.exists() or damage == "truncated"
+    if damage == "altered":
+        assert (store.folder / "quarantine" / path.name).exists()
+    again = reopened(store)
+    put(again, [1, 2])
+    assert held_by(again) == {(0, 0, 1): 1, (0, 0, 2): 1, (0, 0, 3): 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ({"fingerprint": "e" * 64}, ["fingerprint"]),
+        ({"recipe": CropRecipe(image_size=8, min_area=0.5)}, ["recipe"]),
+        ({"seed": 1}, ["seed"]),
+        ({"images": "other"}, ["images"]),
+        ({"num_classes": 11, "seed": 4}, ["num_classes", "seed"]),
+    ],
+)
+def test_a_store_of_another_identity_is_refused_by_name(store: SoftLabelStore, change: dict[str, Any], names: list[str]) -> None:
+    with pytest.raises(FingerprintMismatch) as caught:
+        SoftLabelStore(store.folder, store.identity.replace(**change))
+    assert f"another {' and '.join(names)} (" in str(caught.value)
+    assert "store.path" in str(caught.value)
+
+
+def test_a_folder_that_cannot_be_used_is_a_store_error(tmp_path: Path, identity: StoreIdentity) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="cannot be used"):
+        SoftLabelStore(tmp_path / "file", identity)
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "store.json").write_text('{"finger')
+    with pytest.raises(StoreError, match="cannot be used"):
+        SoftLabelStore(tmp_path / "torn", identity)
+
+
+def full_disk(*_: Any, **__: Any) -> Any:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def half_a_write(descriptor: int, data: bytes) -> int:
+    with os.fdopen(os.dup(descriptor), "ab", buffering=0) as file:
+        return file.write(data[: len(data) // 2]) or 0
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "fault"),
+    [
+        (pq, "write_table", full_disk),
+        (os, "fsync", full_disk),
+        (os, "rename", full_disk),
+        (os, "write", full_disk),
+        (os, "write", half_a_write),
+    ],
+    ids=["data", "flush", "rename", "manifest", "half a manifest line"],
+)
+def test_full_disk_is_said_and_leaves_no_half(
+    store: SoftLabelStore, owner: Any, name: str, fault: Callable[..., Any], held_by: Any, quiet: None
+) -> None:
+    put(store, [1, 2])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, fault)
+        with pytest.raises(StoreError, match="No space left on device; committed labels are safe"):
+            put(store, [3])
+    assert leftovers(store) == []
+    assert rows_read(store) == rows_read(reopened(store)) == {1, 2}
+    put(store, [3])
+    assert held_by(store) == {(0, 0, 1): 1, (0, 0, 2): 1, (0, 0, 3): 1}
+
+
+def test_a_half_written_file_of_a_full_disk_is_taken_away(store: SoftLabelStore) -> None:
+    def half(table: Any, where: Path, **_: Any) -> None:
+        where.write_bytes(b"PAR1 and then the disk was full")
+        full_disk()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pq, "write_table", half)
+        with pytest.raises(StoreError):
+            put(store, [3])
+    assert list(store.folder.glob("view-*/*")) == [] == list(store.folder.glob("view-*/.*"))
+
+
+def test_a_commit_whose_last_flush_failed_is_whole_or_not_there(store: SoftLabelStore, held_by: Any) -> None:
+    """The line stands in the manifest when its flush fails: the file that it names must stay."""
+    put(store, [1])
+    real = os.fsync
+    calls = iter(range(100))
+
+    def fail_last(descriptor: int) -> None:
+        if next(calls) == 2:  # data file, its folder, then the manifest
+            full_disk()
+        real(descriptor)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", fail_last)
+        with pytest.raises(StoreError):
+            put(store, [2])
+    assert rows_read(store) == rows_read(reopened(store)) == {1, 2}
+    assert held_by(store) == {(0, 0, 1): 1, (0, 0, 2): 1}
+
+
+def true_tv(read_K: Any, true_K: Any, temperature: float) -> float:
+    return float(0.5 * np.abs(softmax(true_K[None], temperature) - softmax(read_K[None], temperature)).sum())
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0, 8.0])
+def test_at_another_temperature_only_certified_labels_are_read(tmp_path: Path, temperature: float) -> None:
+    num_classes = 40
+    random = np.random.default_rng(1)
+    # From sure teachers (short records, coarse tails) to undecided ones (dense records, fine everywhere).
+    logits_NK = np.concatenate([random.normal(0, scale, (30, num_classes)) for scale in (0.3, 3, 12)]).astype(np.float32)
+    records = encode(logits_NK, (1.0,), MAX_TV)
+    identity = StoreIdentity(fingerprint="f" * 64, num_classes=num_classes, recipe=CropRecipe(image_size=8), seed=0, images="images")
+    store = SoftLabelStore(tmp_path / "store", identity)
+    store.commit(0, 0, list(range(90)), [str(row) for row in range(90)], records, (1.0,))
+    labels = store.read(0, 0, temperature, MAX_TV)
+    certified = {row for row, record in enumerate(records) if np.tanh(record.max_logit_error / (2 * temperature)) <= MAX_TV}
+    assert set(labels.rows) == certified
+    assert 0 < len(certified) < 90
+    for row, position in labels.rows.items():
+        assert true_tv(labels.logits_NK[position], logits_NK[row], temperature) <= MAX_TV
+    assert set(store.read(0, 0, 1.0, MAX_TV).rows) == set(range(90))
+    assert store.read(0, 0, 1.0, 1e-9).rows.keys() <= {row for row, record in enumerate(records) if record.max_tv <= 1.1e-9}
+
+
+def test_a_later_label_of_the_same_row_wins(store: SoftLabelStore) -> None:
+    """A row asked for again, because the kept record was not exact enough for another job."""
+    put(store, [1])
+    better = Record(Encoding.DENSE16, LOGITS[1].astype("<f2").tobytes(), 0.0, 0.0)
+    store.commit(0, 0, [1], ["image-1"], [better], (1.0,))
+    np.testing.assert_array_equal(reopened(store).read(0, 0, 1.0, MAX_TV).logits_NK[0], LOGITS[1].astype("<f2").astype(np.float32))

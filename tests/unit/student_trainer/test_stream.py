@@ -1,0 +1,313 @@
+"""The stream: the plan's order whatever the answers' order, errors at their batch, no thread left behind, nothing asked for twice."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distill.errors import StageMissing, StoreError, TeacherAnswerError
+from distill.loader import CropBatch
+from student_trainer import stream as stream_module
+from student_trainer.label_path import LabelRules
+from student_trainer.store import ShardLabels, SoftLabelStore
+from student_trainer.stream import LabelledBatch, LabelledStream
+from student_trainer.waits import Waits
+from teacher_server.backend import Crops, Floats
+from teacher_server.fake import FakeTeacher, fake_logits
+
+RULES = LabelRules(temperature=1.0, temperatures=(1.0,), max_tv=0.02, patience_s=60)
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    yield
+    names = [thread.name for thread in threading.enumerate()]
+    assert [name for name in names if name in ("labels", "feeder") or name.startswith(("crop", "asyncio"))] == []
+
+
+def reopened(store: SoftLabelStore) -> SoftLabelStore:
+    return SoftLabelStore(store.folder, store.identity)
+
+
+class ReversingTeacher(FakeTeacher):
+    """Answers every `size` questions in the reverse of their order."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.answered: list[int] = []
+        self._turns: list[asyncio.Event] = []
+
+    async def _infer(self, crops_BHWC: Crops, temperature_B1: Floats, names: tuple[str, ...]) -> dict[str, Floats]:
+        number = len(self._turns)
+        self._turns.append(asyncio.Event())
+        if len(self._turns) % self.size == 0:
+            self._turns[number].set()
+        await self._turns[number].wait()
+        self.answered.append(number)
+        if number % self.size:
+            self._turns[number - 1].set()
+        return await super()._infer(crops_BHWC, temperature_B1, names)
+
+
+def steps(batches: list[LabelledBatch]) -> list[int]:
+    return [batch.crops.step for batch in batches]
+
+
+def test_batches_keep_the_plans_order_though_answers_come_reversed(store: SoftLabelStore, loader_of: Any, held_by: Any) -> None:
+    teacher = ReversingTeacher(4)
+    with LabelledStream(loader_of(), store, lambda: teacher, RULES, in_flight=4) as stream:
+        batches = list(stream.epoch(0))
+    assert steps(batches) == list(range(12))
+    assert teacher.answered == [3, 2, 1, 0, 7, 6, 5, 4, 11, 10, 9, 8]
+    for batch, crops in zip(batches, loader_of().epoch(0), strict=True):
+        assert batch.crops.image_ids == crops.image_ids
+        assert batch.logits_BK is not None
+        true_BK = fake_logits(crops.crops_VBHWC[0], 10)
+        assert (batch.logits_BK.argmax(axis=1) == true_BK.argmax(axis=1)).all()
+        assert batch.num_asked == 2
+    assert len(held_by(store)) == 24
+    assert set(held_by(store).values()) == {1}
+    assert teacher.closed
+
+
+class GatedTeacher(FakeTeacher):
+    """Answers only after `gate` is opened; counts how many questions wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = asyncio.Event()
+        self.waiting = 0
+        self.most = 0
+
+    async def _infer(self, crops_BHWC: Crops, temperature_B1: Floats, names: tuple[str, ...]) -> dict[str, Floats]:
+        self.waiting += 1
+        self.most = max(self.most, self.waiting)
+        try:
+            await self.gate.wait()
+            return await super()._infer(crops_BHWC, temperature_B1, names)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        finally:
+            self.waiting -= 1
+
+
+def test_no_more_than_in_flight_wait_for_the_teacher(store: SoftLabelStore, loader_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The feeder says that its queue is full; only then the teacher answers, and it never saw more than allowed."""
+    teacher = GatedTeacher()
+    loop: list[asyncio.AbstractEventLoop] = []
+
+    class TellingQueue(queue.Queue[Any]):
+        def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+            if self.full():
+                loop[0].call_soon_threadsafe(teacher.gate.set)
+            super().put(item, block, timeout)
+
+    monkeypatch.setattr(queue, "Queue", TellingQueue)
+    with LabelledStream(loader_of(), store, lambda: teacher, RULES, in_flight=3) as stream:
+        loop.append(stream._loop)
+        assert steps(list(stream.epoch(0))) == list(range(12))
+    assert teacher.most == 3
+
+
+class FailingTeacher(FakeTeacher):
+    """Question number `at` (from 0) gets an unusable answer."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at = at
+
+    async def _infer(self, crops_BHWC: Crops, temperature_B1: Floats, names: tuple[str, ...]) -> dict[str, Floats]:
+        spoil = len(self.calls) == self.at
+        tensors = await super()._infer(crops_BHWC, temperature_B1, names)
+        return {name: tensor_BK * np.float32("nan") for name, tensor_BK in tensors.items()} if spoil else tensors
+
+
+def test_an_error_comes_at_its_batch_and_what_was_answered_is_kept(store: SoftLabelStore, loader_of: Any, held_by: Any) -> None:
+    with LabelledStream(loader_of(), store, lambda: FailingTeacher(5), RULES, in_flight=3) as stream:
+        batches = stream.epoch(0)
+        assert [next(batches).crops.step for _ in range(5)] == [0, 1, 2, 3, 4]
+        with pytest.raises(TeacherAnswerError, match="NaN"):
+            next(batches)
+    assert len(held_by(store)) >= 10
+    assert set(held_by(store).values()) == {1}
+
+
+def test_an_error_of_the_loader_comes_after_the_batches_before_it(store: SoftLabelStore, loader_of: Any) -> None:
+    loader = loader_of()
+    real = loader.epoch
+
+    def broken(epoch: int, start_step: int = 0) -> Iterator[CropBatch]:
+        for batch in real(epoch, start_step):
+            if batch.step == 3:
+                raise StoreError("stands for a shard that is gone")
+            yield batch
+
+    loader.epoch = broken
+    with LabelledStream(loader, store, FakeTeacher, RULES, in_flight=2) as stream:
+        batches = stream.epoch(0)
+        assert [next(batches).crops.step for _ in range(3)] == [0, 1, 2]
+        with pytest.raises(StoreError, match="gone"):
+            next(batches)
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["dropped", "still held"])
+def test_leaving_early_keeps_the_answers_and_no_thread(store: SoftLabelStore, loader_of: Any, held_by: Any, held: bool) -> None:
+    with LabelledStream(loader_of(), store, FakeTeacher, RULES, in_flight=2) as stream:
+        batches = stream.epoch(0)
+        first = [next(batches) for _ in range(3)]
+        if not held:
+            del batches
+    counts = held_by(store)
+    assert len(counts) >= 6
+    assert set(counts.values()) == {1}
+    assert {(0, int(shard), int(row)) for batch in first for shard, row in batch.crops.rows} <= set(counts)
+
+
+def test_leaving_while_the_teacher_thinks_gives_its_questions_up(store: SoftLabelStore, loader_of: Any, held_by: Any) -> None:
+    """Ctrl-C reaches the training loop while it waits: its batch is in nobody's queue any more, and must be given up all the same."""
+    teacher = GatedTeacher()
+    with LabelledStream(loader_of(), store, lambda: teacher, RULES, in_flight=2) as stream:
+        loop, asked = stream._loop, threading.Event()
+        loop.call_soon_threadsafe(_tell_when, lambda: teacher.waiting == 2, asked, loop)
+        given_up: list[BaseException] = []
+        reader = threading.Thread(target=_read_one, args=(stream.epoch(0), given_up))
+        reader.start()
+        assert asked.wait(10)
+    reader.join(10)
+    assert [type(error).__name__ for error in given_up] == ["CancelledError"]
+    assert teacher.waiting == 0
+    assert teacher.cancelled >= 2
+    assert teacher.closed
+    assert held_by(store) == {}
+
+
+def _read_one(batches: Iterator[LabelledBatch], given_up: list[BaseException]) -> None:
+    try:
+        next(batches)
+    except BaseException as error:  # noqa: BLE001 - the test looks at it
+        given_up.append(error)
+
+
+def _tell_when(ready: Callable[[], bool], told: threading.Event, loop: asyncio.AbstractEventLoop) -> None:
+    if ready():
+        told.set()
+    elif not loop.is_closed():
+        loop.call_soon(_tell_when, ready, told, loop)
+
+
+def test_starting_an_epoch_ends_the_one_before(store: SoftLabelStore, loader_of: Any, held_by: Any) -> None:
+    with LabelledStream(loader_of(), store, FakeTeacher, RULES, in_flight=2) as stream:
+        before: Any = stream.epoch(0)
+        next(before)
+        assert steps(list(stream.epoch(0))) == list(range(12))
+        before.close()
+    assert set(held_by(store).values()) == {1}
+
+
+def test_a_teacher_that_cannot_be_opened_leaves_no_thread(store: SoftLabelStore, loader_of: Any) -> None:
+    def nobody() -> FakeTeacher:
+        raise StageMissing("there is no teacher")
+
+    with pytest.raises(StageMissing):
+        LabelledStream(loader_of(), store, nobody, RULES, in_flight=2)
+
+
+@pytest.mark.parametrize(("epoch", "step"), [(0, 5), (1, 0), (1, 11)])
+def test_resuming_gives_the_very_next_batches(store: SoftLabelStore, loader_of: Any, epoch: int, step: int) -> None:
+    with LabelledStream(loader_of(num_views=2), store, FakeTeacher, RULES, in_flight=3) as stream:
+        whole = list(stream.epoch(epoch))
+    with LabelledStream(loader_of(num_views=2), reopened(store), FakeTeacher, RULES, in_flight=3) as stream:
+        rest = list(stream.epoch(epoch, step))
+    assert steps(rest) == list(range(step, 12))
+    for before, now in zip(whole[step:], rest, strict=True):
+        assert now.num_asked == 0
+        assert now.crops.image_ids == before.crops.image_ids
+        np.testing.assert_array_equal(now.crops.crops_VBHWC, before.crops.crops_VBHWC)
+        assert before.logits_BK is not None
+        assert now.logits_BK is not None
+        np.testing.assert_array_equal(now.logits_BK, before.logits_BK)
+
+
+def test_workers_read_in_the_next_epoch_what_the_others_asked_for(store: SoftLabelStore, loader_of: Any, held_by: Any) -> None:
+    """Two workers on one view: each epoch cuts the batches anew, so a worker meets images that the other one asked for."""
+    teachers = [FakeTeacher(), FakeTeacher()]
+    workers = [
+        LabelledStream(loader_of(global_batch=4, rank=rank, world=2), reopened(store), lambda t=teachers[rank]: t, RULES, 2)  # type: ignore[misc]
+        for rank in range(2)
+    ]
+    asked = []
+    for epoch in range(3):
+        asked.append([sum(batch.num_asked for batch in worker.epoch(epoch)) for worker in workers])
+        for worker in workers:
+            worker.commit()  # a checkpoint, at which Ray lets workers wait for each other
+    for worker in workers:
+        worker.__exit__(None, None, None)
+    assert asked == [[12, 12], [0, 0], [0, 0]]
+    assert set(held_by(store).values()) == {1}
+
+
+class ScriptedTime:
+    """The stream's clock. It moves only when the test says so; `read[n]` tells that the training loop looked at it n times."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        self._count = 0
+        self.read = [threading.Event() for _ in range(20)]
+        monkeypatch.setattr(stream_module, "time", SimpleNamespace(monotonic=self.monotonic))
+
+    def monotonic(self) -> float:
+        now = self.now
+        self._count += 1
+        self.read[self._count].set()
+        return now
+
+
+def test_each_wait_goes_to_what_was_waited_for(store: SoftLabelStore, loader_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One batch an epoch. The loop looks at the clock: 1 asks for a batch, 2 has its crops, 3 has its labels, 4 was trained on."""
+
+    class SlowLoader:
+        def __init__(self) -> None:
+            self._loader = loader_of(global_batch=24)
+
+        def epoch(self, epoch: int, start_step: int = 0) -> Iterator[CropBatch]:
+            clock.read[1].wait(10)
+            for batch in self._loader.epoch(epoch, start_step):
+                clock.now += 3
+                yield batch
+
+    class SlowTeacher(FakeTeacher):
+        async def _infer(self, *arguments: Any) -> dict[str, Floats]:
+            await asyncio.to_thread(clock.read[2].wait, 10)
+            clock.now += 5
+            return await super()._infer(*arguments)
+
+    class SlowStore(SoftLabelStore):
+        slow = False
+
+        def read(self, view: int, shard: int, temperature: float, max_tv: float) -> ShardLabels:
+            if self.slow:
+                clock.read[2].wait(10)
+                clock.now += 7
+            return super().read(view, shard, temperature, max_tv)
+
+    slow_store = SlowStore(store.folder, store.identity)
+    loader: Any = SlowLoader()
+    for kind, expected in (
+        ("teacher", Waits(decode=3, teacher=5, student=2)),
+        ("store", Waits(decode=3, store=7 * 4, student=2)),  # four shards are read for the one batch
+    ):
+        clock = ScriptedTime(monkeypatch)
+        slow_store.slow = kind == "store"
+        with LabelledStream(loader, slow_store, SlowTeacher, RULES, in_flight=1) as stream:
+            for _ in stream.epoch(0):
+                clock.now += 2
+            assert stream.waits == expected
