@@ -61,6 +61,10 @@ class LabelPath:
         self._pending: dict[tuple[int, int], dict[int, tuple[str, Record]]] = {}
         self._num_pending = 0
 
+    def silent_s(self) -> float:
+        """For how long the teacher has given no answer; 0 while it answers."""
+        return 0.0 if self.waiting_since is None else time.monotonic() - self.waiting_since
+
     async def labels(self, batch: CropBatch, position: int = 0) -> tuple[FloatArray, int]:
         """Logits float32 [B,K] of the batch's crops in its view number `position`, and how many of them the teacher was asked for.
 

@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeAlias, TypeVar
@@ -26,6 +26,7 @@ from student_trainer.waits import Waits
 from teacher_server.backend import TeacherBackend
 
 POLL_S = 0.1
+TELL_EVERY_S = 1.0
 
 T = TypeVar("T")
 
@@ -75,6 +76,8 @@ class LabelledStream:
     ) -> None:
         self.loader = loader
         self.waits = Waits()
+        self.on_silence: Callable[[float], None] = lambda seconds: None
+        """Called now and then while the next batch waits, with the seconds that the teacher has been silent (0 when it answers)."""
         self._in_flight = in_flight
         self._slots = asyncio.Semaphore(in_flight)
         self._labelling: set[asyncio.Task[Any]] = set()
@@ -115,6 +118,8 @@ class LabelledStream:
                     return
                 if isinstance(item, BaseException):
                     raise item
+                while not wait([item], timeout=TELL_EVERY_S).done:
+                    self.on_silence(self.path.silent_s())
                 batch = item.result()
                 handed_at = time.monotonic()
                 self.waits = self.waits.plus("teacher" if batch.num_asked else "store", handed_at - made_at)

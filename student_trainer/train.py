@@ -23,7 +23,7 @@ from ray.train.torch import TorchTrainer
 from distill.config import digest_of
 from distill.errors import DistillError
 from distill.models.saved_classifier import ClassifierCard, save_classifier
-from distill.progress import ProgressLine
+from distill.progress import ProgressLine, console, duration
 from student_trainer.board import BoardHandle, raise_failure, start_board
 from student_trainer.job import TrainJob
 from student_trainer.ray_session import ray_session
@@ -45,6 +45,7 @@ def train_students(job: TrainJob, settings: RaySettings, folder: Path, title: st
         DistillError: what a worker met, as the class it was there.
     """
     with ray_session(settings):
+        console.print("  starting the workers")
         board = start_board()
         trainer = TorchTrainer(
             train_worker,
@@ -141,6 +142,8 @@ class _Watch:
                     if row["kind"] == "step":
                         line = line or self._start_line(row)
                         line.update(row["step"] * self._batch - line.done, _describe(row))
+                    elif row["kind"] == "silence" and line is not None:
+                        line.update(0, f"the teacher has been silent for {duration(row['seconds'])}; it is asked again and again")
                 if last_look:
                     break
                 self._stop.wait(WATCH_EVERY_S)

@@ -141,18 +141,23 @@ class _Run:
         device: torch.device,
     ) -> None:
         self.job, self.board, self.stream, self.students, self.rank, self.device = job, board, stream, students, rank, device
+        self.world = ray.train.get_context().get_world_size()
         nothing = {"images": 0.0, "asked": 0.0, "from_store": 0.0, "seconds": 0.0, **dict.fromkeys(Waits.model_fields, 0.0)}
-        self.totals: dict[str, float] = {**nothing, **progress["totals"]}
+        self.totals: dict[str, float] = {**nothing, **(progress["totals"] if rank == 0 else {})}
         self.epochs: list[dict[str, Any]] = list(progress["epochs"])
         """One row an epoch: mean loss and test top-1 of each student. In the checkpoint, so that no row is lost or doubled."""
         self._before = dict(self.totals)
         self._started = time.monotonic()
         self._posted = 0.0
         self._losses: list[list[float]] = []
+        if isinstance(stream, LabelledStream):
+            stream.on_silence = self._tell_silence
 
     def train_on(self, batch: LabelledBatch, step: int, num_steps: int) -> None:
         """One step of every student."""
         size = len(batch.crops.image_ids)
+        if size < 2 and self.world > 1:
+            raise DistillError(f"worker {self.rank} has {size} usable images in step {step}, and the others cannot go on without it")
         if size < 2:
             return  # batch norm needs two; only a batch of bad images comes here
         crops_BHWC = torch.from_numpy(batch.crops.crops_VBHWC[0]).to(self.device)
@@ -188,6 +193,18 @@ class _Run:
             self.epochs.append(row)
             self._post(row)
 
+    def _totals_of_all(self) -> dict[str, float]:
+        """Images and labels summed over the workers; seconds and waits are those of this one."""
+        if self.world == 1:
+            return self.totals
+        everyone: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(everyone, self.totals)
+        return {**self.totals, **{name: sum(totals[name] for totals in everyone) for name in ("images", "asked", "from_store")}}
+
+    def _tell_silence(self, seconds: float) -> None:
+        if seconds > 0:
+            self._post({"kind": "silence", "seconds": seconds})
+
     def _post(self, row: dict[str, Any]) -> None:
         if self.rank == 0:
             self._posted = time.monotonic()
@@ -197,7 +214,7 @@ class _Run:
     def checkpoint(self, epoch: int, step: int) -> None:
         """Commit the labels, then hand Ray a checkpoint that continues with (epoch, step)."""
         self.stream.commit()
-        progress: dict[str, Any] = {"epoch": epoch, "step": step, "totals": self.totals, "epochs": self.epochs}
+        progress: dict[str, Any] = {"epoch": epoch, "step": step, "totals": self._totals_of_all(), "epochs": self.epochs}
         if isinstance(self.stream, LabelledStream):
             progress["store"] = self.stream.path.store.manifest_digest()
         with tempfile.TemporaryDirectory() as folder:

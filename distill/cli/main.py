@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -138,7 +139,7 @@ def entry() -> NoReturn:
 
 
 def run_command(arguments: list[str]) -> int:
-    """Run one command line; the answer is the exit code. Errors become one line, or a traceback with --debug."""
+    """Run one command line; the answer is the exit code. Errors become one line, with --debug after their traceback."""
     try:
         cli.main(arguments, prog_name="distill", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:  # `distill` alone
@@ -154,19 +155,19 @@ def run_command(arguments: list[str]) -> int:
         return _say("stopped; what is finished is kept, the same command goes on from there", 130)
     except DistillError as error:
         if "--debug" in arguments:
-            raise
+            traceback.print_exception(error)
         return _say(str(error), error.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output is gone; nothing more to say
         return 1
-    except Exception as error:  # noqa: BLE001 - the last resort: said in one line, or raised with --debug
+    except Exception as error:  # noqa: BLE001 - the last resort: said in one line
         return _unforeseen(error, arguments)
     return 0
 
 
 def _unforeseen(error: Exception, arguments: list[str]) -> int:
     if "--debug" in arguments:
-        raise error
+        traceback.print_exception(error)
     return _say(f"unforeseen {type(error).__name__}: {error} (a fault of ours; --debug shows where)", 1)
 
 

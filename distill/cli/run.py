@@ -20,6 +20,9 @@ from student_trainer.job import TrainJob
 from student_trainer.store import StoreIdentity
 from teacher_server.address import TeacherAddress
 
+NO_EFFECT = {"requests_in_flight": 1, "teacher_patience_s": 1, "checkpoint_every_steps": 1, "num_evaluations": 1, "control": True}
+"""Settings of training that change how it is done and not what comes out; their values here name the stage."""
+
 
 class Run:
     """A run file, opened."""
@@ -85,7 +88,7 @@ class Run:
     def train(self) -> Stage:
         """Stage 3."""
         settings = {
-            "train": plain(self.file.train.replace(requests_in_flight=1, teacher_patience_s=1, checkpoint_every_steps=1, num_evaluations=1, control=True)),
+            "train": plain(self.file.train.replace(**NO_EFFECT)),
             "crops": self._crops,
             "max_tv": self.file.store.max_tv,
             "num_workers": self.file.ray.num_workers,

@@ -176,11 +176,13 @@ class TestFailures:
         assert run_command(["train"]) == 130
         assert "stopped; what is finished is kept" in one_line(capsys)
 
-    @pytest.mark.parametrize("error", [BadInput("x"), ZeroDivisionError("x"), EOFError("x")])
-    def test_debug_raises(self, error: Exception, failing: Callable[[BaseException], None]) -> None:
+    @pytest.mark.parametrize(("error", "code"), [(BadInput("x"), 2), (ZeroDivisionError("x"), 1), (EOFError("x"), 1)])
+    def test_debug_shows_the_traceback(
+        self, error: Exception, code: int, failing: Callable[[BaseException], None], capsys: pytest.CaptureFixture[str]
+    ) -> None:
         failing(error)
-        with pytest.raises(type(error)):
-            run_command(["train", "--debug"])
+        assert run_command(["train", "--debug"]) == code
+        assert "Traceback" in capsys.readouterr().err
 
     def test_sigterm_is_like_ctrl_c(self) -> None:
         with pytest.raises(KeyboardInterrupt):
