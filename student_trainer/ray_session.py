@@ -59,7 +59,6 @@ def _start_local(settings: RaySettings, private: Path) -> None:
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # makes a single-node cluster listen on 127.0.0.1 only
             "RAY_TRAIN_V2_ENABLED": "1",
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_gcs_rpc_server_reconnect_timeout_s": "10",  # after kill -9 of this process Ray's agents look for its head that long; Ray: 60
             "RAY_worker_niceness": "0",  # training is what this machine is for; Ray would let every other process go first
         }
     )

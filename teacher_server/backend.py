@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill.config import validate
-from distill.errors import ConfigError, DistillError, RequestRefused, TeacherAnswerError
+from distill.errors import ConfigError, DistillError, RequestRefused, TeacherAnswerError, TeacherUnavailable
 from distill.teacher_info import METADATA_KEY, TeacherInfo
 from distill.wire import LOGITS, SOFT_LABELS
 
@@ -39,7 +39,7 @@ class TeacherBackend(Protocol):
     """
 
     async def info(self) -> TeacherInfo:
-        """Name, version, fingerprint, classes and preprocessing. Asked once, then remembered."""
+        """Name, version, fingerprint, classes and preprocessing. Remembered until the teacher is found away."""
         ...
 
     async def logits(self, crops_BHWC: Crops) -> Floats:
@@ -117,7 +117,11 @@ class CheckedTeacher(ABC):
         check_temperature(temperature_B1, len(crops_BHWC))
         if len(crops_BHWC) == 0:
             return {name: np.empty((0, info.num_classes), np.float32) for name in names}
-        tensors = await self._infer(crops_BHWC, temperature_B1, names)
+        try:
+            tensors = await self._infer(crops_BHWC, temperature_B1, names)
+        except TeacherUnavailable:
+            self._info = None  # whoever comes back says anew who it is
+            raise
         for name in names:
             check_answer(tensors[name], name, len(crops_BHWC), info.num_classes)
         return tensors

@@ -71,6 +71,7 @@ class Line:
     folder: Path
     overrides: tuple[str, ...]
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
+    started: list[subprocess.Popen[str]] = field(default_factory=list, repr=False)
 
     def start(self, verb: str, *more: str) -> subprocess.Popen[str]:
         """The command, running."""
@@ -78,7 +79,9 @@ class Line:
         environment = {**os.environ, MARK: self.mark}
         pipe = subprocess.PIPE
         # A session of its own, so that a signal to its leader reaches nobody else.
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+        self.started.append(process)
+        return process
 
     def run(self, verb: str, *more: str) -> subprocess.CompletedProcess[str]:
         """The command, run to its end."""
@@ -100,13 +103,26 @@ class Line:
     def copy(self, folder: Path, *more: str) -> Line:
         """The same run, as far as it is, in another folder."""
         shutil.copytree(self.folder, folder)
-        return Line(folder, (*self.overrides, *more), self.mark)
+        return Line(folder, (*self.overrides, *more), self.mark, self.started)
 
     def kill(self) -> None:
         """End everything that still runs."""
         for pid in self.processes():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        for process in self.started:
+            process.wait()
+            for pipe in (process.stdout, process.stderr):
+                if pipe is not None:
+                    pipe.close()
+
+    def wait_for_nothing(self, timeout_s: float) -> None:
+        """Return when nothing runs any more; fails with what still does."""
+        deadline = time.monotonic() + timeout_s
+        while left := self.processes():
+            if time.monotonic() > deadline:
+                pytest.fail(f"still there after {timeout_s:g} s: {left}")
+            time.sleep(0.1)
 
     def processes(self) -> dict[int, str]:
         """pid -> command line of everything that this line's commands started and that still runs."""

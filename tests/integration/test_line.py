@@ -98,7 +98,7 @@ def test_ctrl_c_in_the_middle_of_training_leaves_nothing(
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err[-3000:]
     assert err.strip().splitlines() == ["distill: stopped; what is finished is kept, the same command goes on from there"]
-    wait_until(lambda: not line.processes(), timeout_s=15)
+    line.wait_for_nothing(timeout_s=15)
     assert not ports & listening()
 
 

@@ -75,6 +75,11 @@ def worker_of(line: Line) -> int | None:
     return next((pid for pid, command in line.processes().items() if "RayTrainWorker" in command), None)
 
 
+def still_at_work(line: Line) -> list[str]:
+    """What could still train, label or answer. Two agents of Ray look for their dead cluster's head for a minute (a limit of Ray's own)."""
+    return [command for command in line.processes().values() if command not in ("ray::DashboardAgent", "ray::RuntimeEnvAgent")]
+
+
 def checkpoints(line: Line) -> list[Path]:
     return list(line.folder.glob("train/ray/checkpoint_*/students/manifest.json"))
 
@@ -92,8 +97,7 @@ def test_kill_9_of_the_driver_loses_and_doubles_no_label(prepared: Line, tmp_pat
     process = line.start("train")
     wait_until(lambda: len(labels_held(line)) >= 400 and checkpoints(line), process)
     process.kill()
-    wait_until(lambda: not line.processes(), timeout_s=60)
-    process.communicate(timeout=30)
+    wait_until(lambda: not still_at_work(line), timeout_s=30)
     committed = labels_held(line)
     assert 400 <= len(committed) < NUM_IMAGES
     assert set(committed.values()) == {1}
@@ -103,7 +107,7 @@ def test_kill_9_of_the_driver_loses_and_doubles_no_label(prepared: Line, tmp_pat
     assert counted["images"] == EPOCHS * NUM_IMAGES  # every batch trained on once: the next one was the next of the plan
     epochs = json.loads((line.folder / "train" / "stage.json").read_text())["result"]["epochs"]
     assert [row["epoch"] for row in epochs] == list(range(1, EPOCHS + 1))
-    assert line.processes() == {}
+    line.wait_for_nothing(timeout_s=90)
 
 
 def test_kill_9_of_the_worker_changes_no_weight(prepared: Line, undisturbed: Line, tmp_path: Path, wait_until: Callable[..., Any]) -> None:

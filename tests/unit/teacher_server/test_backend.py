@@ -99,3 +99,16 @@ def test_every_back_end_is_checked() -> None:
 
     assert issubclass(EmbeddedTeacher, CheckedTeacher)
     assert issubclass(TritonTeacher, CheckedTeacher)
+
+
+def test_a_teacher_that_was_away_says_anew_who_it_is() -> None:
+    async def ask() -> list[str]:
+        teacher = FakeTeacher(unavailable_calls=1)
+        said = [(await teacher.info()).fingerprint]
+        teacher._served = teacher._served.replace(fingerprint="a" * 64)
+        said.append((await teacher.info()).fingerprint)
+        with pytest.raises(TeacherUnavailable):
+            await teacher.logits(CROPS)
+        return [*said, (await teacher.info()).fingerprint]
+
+    assert asyncio.run(ask()) == ["f" * 64, "f" * 64, "a" * 64]
