@@ -135,6 +135,9 @@ for _verb, (_summary, _sections) in VERBS.items():
 def entry() -> NoReturn:
     """What the installed `distill` script calls: runs the command and ends the process with the right code."""
     signal.signal(signal.SIGTERM, _terminate)
+    # gRPC would write a line to the terminal whenever Ray starts a process while Triton is being asked. Nothing here forks without exec.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     sys.exit(run_command(sys.argv[1:]))
 
 
