@@ -21,13 +21,11 @@ class Board:
         self._lock = threading.Lock()
         self._rows: list[dict[str, Any]] = []
         self._failure: tuple[str, str] | None = None
-        self._stop = False
 
-    def post(self, row: dict[str, Any]) -> bool:
-        """Add a row; the answer is whether the run is to stop."""
+    def post(self, row: dict[str, Any]) -> None:
+        """Add a row."""
         with self._lock:
             self._rows.append(row)
-            return self._stop
 
     def take(self) -> list[dict[str, Any]]:
         """The rows since the last call."""

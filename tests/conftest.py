@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from google.protobuf import text_format
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
@@ -16,6 +18,15 @@ from tritonclient.grpc import model_config_pb2
 from distill.teacher_info import METADATA_KEY, Preprocessing, TeacherInfo
 
 IMAGE_SIZE = 8
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For tiny tensors: a second thread of torch costs more than it brings, and much more beside other jobs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)

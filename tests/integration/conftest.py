@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from teacher_server.triton_home import find_triton, triton_home, triton_supported
+from teacher_server.triton_home import TritonHome, find_triton, triton_home, triton_supported
 
 ROOT = Path(__file__).parents[2]
 DISTILL = Path(sys.executable).with_name("distill")
@@ -174,13 +174,22 @@ def wait_until() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def backend() -> str:
-    """The override for the teacher's back end: the real Triton wherever it can run, and never silently anything else."""
+def triton_installed() -> TritonHome | None:
+    """The real Triton, installed if it is missing; None only where it cannot run at all."""
     if triton_supported():
-        return "server.backend=embedded"
-    if find_triton(triton_home(str(ROOT / ".triton") if "DISTILL_TRITON_HOME" not in os.environ else None)) is None:
+        return None
+    folder = triton_home(None if "DISTILL_TRITON_HOME" in os.environ else str(ROOT / ".triton"))
+    if find_triton(folder) is None:
         subprocess.run([str(DISTILL), "install-triton"], cwd=ROOT, check=True, timeout=900)
-    return "server.backend=triton"
+    found = find_triton(folder)
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="session")
+def backend(triton_installed: TritonHome | None) -> str:
+    """The override for the teacher's back end: the real Triton wherever it can run, and never silently anything else."""
+    return "server.backend=triton" if triton_installed else "server.backend=embedded"
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from teacher_server.embedded import EmbeddedTeacher
 from teacher_server.serve import Gateway, open_backend
 from teacher_server.settings import ServerSettings, TritonSettings
 from teacher_server.triton import TritonTeacher
-from teacher_server.triton_home import TritonHome, find_triton, triton_home, triton_supported
+from teacher_server.triton_home import TritonHome, triton_supported
 from teacher_server.triton_process import TritonProcess
 
 pytestmark = pytest.mark.integration
@@ -37,15 +37,10 @@ TEMPERATURE = RANDOM.uniform(0.5, 20, (100, 1)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
-def home() -> TritonHome:
-    reason = triton_supported()
-    if reason:
-        pytest.skip(reason)
-    # Also from another working folder than the checkout, where `make` puts it.
-    found = find_triton(triton_home()) or find_triton(Path(__file__).parents[2] / ".triton")
-    if found is None:
-        pytest.skip("Triton is not installed; `distill install-triton` does that ($DISTILL_TRITON_HOME says where)")
-    return found
+def home(triton_installed: TritonHome | None) -> TritonHome:
+    if triton_installed is None:
+        pytest.skip(str(triton_supported()))
+    return triton_installed
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -38,13 +37,7 @@ PUBLISHED_MILLIONS = {
 """(depth, width, selective kernels) -> encoder parameters and moving statistics, counted in the graphs of SimCLRv2's official code."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tiny tensors: a second thread costs more than it brings, and much more beside other jobs."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 TINY = NetworkSettings(depth=10, width_multiplier=0.125, stem="cifar")
