@@ -112,7 +112,7 @@ class CropLoader:
             ahead: deque[Future[CropBatch]] = deque()
             try:
                 for step, rows in self.plan(epoch).batches(start_step, self.rank, self.world):
-                    ahead.append(pool.submit(self.make, epoch, step, views, rows))
+                    ahead.append(pool.submit(self._make, epoch, step, views, rows, self._shards.hold(rows)))
                     if len(ahead) > self.settings.batches_ahead:
                         yield self._checked(ahead.popleft().result())
                 while ahead:
@@ -127,11 +127,14 @@ class CropLoader:
 
     def make(self, epoch: int, step: int, views: tuple[int, ...], rows: Rows) -> CropBatch:
         """Decode and crop the images at `rows`; bad ones are listed and left out."""
+        return self._make(epoch, step, views, rows, self._shards.hold(rows))
+
+    def _make(self, epoch: int, step: int, views: tuple[int, ...], rows: Rows, shards: dict[int, _Shard]) -> CropBatch:
         crops: list[list[npt.NDArray[np.uint8]]] = []
         kept: list[int] = []
         records: list[ImageRecord] = []
         for position, (shard, row) in enumerate(rows):
-            record = self._shards.record(int(shard), int(row))
+            record = shards[int(shard)].records()[int(row)]
             try:
                 pixels = decode_image(record.data)
                 crops.append([crop_image(pixels, CropKey(self.settings.seed, view, record.image_id), self.recipe) for view in views])
@@ -148,27 +151,39 @@ class CropLoader:
         return CropBatch(epoch, step, views, rows[kept], [r.image_id for r in records], stacked.swapaxes(0, 1), labels)
 
 
+class _Shard:
+    """The records of one shard, read by the first thread that needs them while the others wait."""
+
+    def __init__(self, source: Source, index: int) -> None:
+        self._source = source
+        self._index = index
+        self._lock = Lock()
+        self._records: list[ImageRecord] | None = None
+
+    def records(self) -> list[ImageRecord]:
+        with self._lock:
+            if self._records is None:
+                self._records = self._source.read_shard(self._index)
+            return self._records
+
+
 class _ShardCache:
-    """The last few shards read, shared by the decoding threads; each shard is read by one of them while the others wait."""
+    """The shards of the last few batches handed out. A batch holds its own shards until it is made, so that neither a slow thread nor a
+    fast one makes the cache forget a shard which is still needed: each is read once in an epoch, whatever the threads do."""
 
     def __init__(self, source: Source, capacity: int) -> None:
         self._source = source
         self._capacity = capacity
         self._lock = Lock()
-        self._futures: OrderedDict[int, Future[list[ImageRecord]]] = OrderedDict()
+        self._shards: OrderedDict[int, _Shard] = OrderedDict()
 
-    def record(self, shard: int, row: int) -> ImageRecord:
+    def hold(self, rows: Rows) -> dict[int, _Shard]:
+        """The shards of a batch; to be called in the plan's order."""
         with self._lock:
-            future = self._futures.get(shard)
-            mine = future is None
-            if future is None:
-                future = self._futures[shard] = Future()
-                while len(self._futures) > self._capacity:
-                    self._futures.popitem(last=False)
-            self._futures.move_to_end(shard)
-        if mine:
-            try:
-                future.set_result(self._source.read_shard(shard))
-            except BaseException as error:  # noqa: BLE001 - handed to every waiting thread, then raised in each of them
-                future.set_exception(error)
-        return future.result()[row]
+            held = {}
+            for index in dict.fromkeys(rows[:, 0].tolist()):
+                held[index] = self._shards.setdefault(index, _Shard(self._source, index))
+                self._shards.move_to_end(index)
+            while len(self._shards) > self._capacity:
+                self._shards.popitem(last=False)
+            return held

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import time
 from collections import Counter
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -201,8 +202,16 @@ class TestLimits:
     def test_evaluation_may_have_less_than_a_batch(self, log: RejectionLog) -> None:
         assert [len(batch.image_ids) for batch in loader_of(MemorySource((3,)), log, global_batch=256).epoch(0)] == [3]
 
-    def test_each_shard_is_read_once_an_epoch(self, log: RejectionLog) -> None:
-        source = MemorySource((8,) * 6)
+    def test_each_shard_is_read_once_an_epoch(self, log: RejectionLog, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Also where one thread is held up in every batch while the others run ahead into the next window."""
+        source = MemorySource((8,) * 12)
+        held_up = {source.record(shard, 0).data for shard in range(0, 12, 2)}
+
+        def slow_for_some(data: bytes) -> npt.NDArray[np.uint8]:
+            time.sleep(0.03 if data in held_up else 0)
+            return decode_image(data)
+
+        monkeypatch.setattr("distill.loader.decode_image", slow_for_some)
         list(loader_of(source, log, window_shards=2, num_threads=3).epoch(0))
         assert set(source.reads.values()) == {1}
 
