@@ -63,12 +63,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         CheckpointError: no checkpoint there, a file missing, truncated or altered.
     """
-    recover_folder(folder)
+    manifest = read_manifest(folder)
+    files = manifest["files"]
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = manifest.get("files") if isinstance(manifest, dict) else None
-        if not isinstance(files, dict) or WEIGHTS not in files:
-            raise CheckpointError(f"the checkpoint in {folder} is damaged (its manifest lists no {WEIGHTS}); make it again")
         for name, expected in files.items():
             if file_sha256(folder / name) != expected:
                 raise CheckpointError(f"{folder / name} is truncated or altered (its sha256 is not the manifest's); make it again")
@@ -81,9 +78,40 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(weights, manifest, state)
 
 
+def keep_weights(training: Path, folder: Path) -> dict[str, Any]:
+    """Copy a checkpoint of a training that is over, without the state that only going on needs; return its manifest.
+
+    Raises:
+        CheckpointError: see `load_checkpoint`.
+    """
+    found = load_checkpoint(training)
+    manifest = {name: value for name, value in found.manifest.items() if name != "files"}
+    save_checkpoint(folder, found.weights, manifest)
+    return manifest
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest alone; the files that it lists are not looked at.
+
+    Raises:
+        CheckpointError: no checkpoint there, or a damaged manifest.
+    """
+    recover_folder(folder)
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(f"no checkpoint in {folder}: {MANIFEST} is missing") from error
+    except ValueError as error:
+        raise CheckpointError(f"the checkpoint in {folder} is damaged ({error}); make it again") from error
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or WEIGHTS not in files:
+        raise CheckpointError(f"the checkpoint in {folder} is damaged (its manifest lists no {WEIGHTS}); make it again")
+    return manifest
+
+
 def _load_state(path: Path) -> dict[str, Any]:
     try:
-        return torch.load(path, weights_only=True)
+        return torch.load(path, weights_only=True, map_location="cpu")  # a GPU wrote it, perhaps, and none is here
     except (UnpicklingError, RuntimeError, EOFError) as error:
         raise CheckpointError(f"{path} is damaged or holds pickled objects, which are never run; make it again") from error
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from distill.config import Section
 from distill.teacher_info import Preprocessing
@@ -36,7 +37,10 @@ class DataSettings(Section):
     test: ImagesSettings
     """Labelled images that everything is evaluated on."""
     label_fraction: float = Field(default=1.0, gt=0, le=1)
-    """Share of `labelled` whose labels are used, the same number from each class."""
+    """Share of `labelled` whose labels are used: that share of every class, drawn by the seed, so the classes keep their proportions."""
+    labelled_ids: str | None = None
+    """Instead of a fraction: a text file with the image ids of `labelled` whose labels are used, one a line; `#` begins a comment line. The
+    ids are those of `rejected.jsonl`: the path inside a folder, shard and key, or Parquet's id column."""
     class_names: list[str] | None = None
     """Names of the classes in the order of their ids. Default: folder names, or `class_names.txt` beside the shards."""
     image_size: int = Field(default=224, ge=8, le=1024)
@@ -57,7 +61,14 @@ class DataSettings(Section):
     def absolute(self) -> DataSettings:
         """The same images by absolute paths, for processes that start elsewhere. URLs stay as they are."""
         sets = {name: getattr(self, name) for name in ("unlabelled", "labelled", "test")}
-        return self.replace(**{n: s.replace(path=s.path if "://" in s.path else str(Path(s.path).absolute())) for n, s in sets.items()})
+        moved = {n: s.replace(path=s.path if "://" in s.path else str(Path(s.path).absolute())) for n, s in sets.items()}
+        return self.replace(**moved, labelled_ids=self.labelled_ids and str(Path(self.labelled_ids).absolute()))
+
+    @model_validator(mode="after")
+    def _one_choice_of_labels(self) -> Self:
+        if self.labelled_ids is not None and self.label_fraction != 1:
+            raise ValueError(f"labelled_ids and label_fraction {self.label_fraction:g} both choose labels; give one of them")
+        return self
 
     @property
     def preprocessing(self) -> Preprocessing:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from distill.config import digest_of
 from distill.data_settings import DataSettings, ImagesSettings
 from distill.errors import SourceError
-from distill.sources import ImageRecord, ShardInfo, Source, labelled_subset, open_source, scan_labels
+from distill.sources import ImageRecord, ShardInfo, Source, labelled_subset, listed_subset, open_source, scan_labels
 
 
 def open_unlabelled(data: DataSettings) -> Source:
@@ -64,13 +65,17 @@ class ChosenImages:
 
 
 def open_labelled_subset(data: DataSettings, seed: int) -> Source:
-    """The labelled images that the run may use: `data.label_fraction` of each class, the same ones for teacher and control.
+    """The labelled images that the run may use, the same ones for teacher, students and control: those that `data.labelled_ids` lists, or
+    `data.label_fraction` of each class.
 
     Raises:
-        SourceError: labels missing, one class only, or a fraction that leaves a class without an image.
+        SourceError: labels missing, one class only, or a class left without an image; ids listed that are not there.
     """
     source = open_labelled(data.labelled, data)
-    return ChosenImages(source, labelled_subset(scan_labels(source), data.label_fraction, seed))
+    labels = scan_labels(source)
+    if data.labelled_ids is not None:
+        return ChosenImages(source, listed_subset(labels, Path(data.labelled_ids), source.class_names))
+    return ChosenImages(source, labelled_subset(labels, data.label_fraction, seed, source.class_names))
 
 
 def class_names_of(data: DataSettings) -> tuple[str, ...]:

@@ -1,33 +1,73 @@
-"""An optimiser as the settings describe it."""
+"""An optimiser as the settings describe it, and one update with it.
+
+    loss.backward(), once or (gradient accumulation) several times  ->  apply_step
+
+`take_step` is both for the usual case of one loss a step.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import nn
 
+from distill.lars import Lars
+from distill.models.classifier import ResNetClassifier
 from distill.optimizer_settings import OptimizerSettings
 
 
-def build_optimizer(network: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """Vectors (biases, batch-norm scales and offsets) get no weight decay."""
-    trainable = [p for p in network.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+def build_optimizer(
+    network: nn.Module, settings: OptimizerSettings, global_batch: int, body_rate_factor: float = 1.0
+) -> torch.optim.Optimizer:
+    """The optimiser of all parameters of `network` that are trained.
+
+    Vectors (biases, batch-norm scales and offsets) have no weight decay and, under LARS, no trust ratio. The matrix of a linear classifier
+    has decay but no trust ratio, as in the official code: it starts at 0, where the ratio means nothing.
+
+    Args:
+        global_batch: images of one update over all workers and accumulated parts; what `settings.scaling` goes by.
+        body_rate_factor: rate of everything below the linear classifier, as a share of the classifier's.
+    """
+    heads = [module.linear for module in network.modules() if isinstance(module, ResNetClassifier)]
+    in_head = {id(parameter) for head in heads for parameter in head.parameters()}
+    peak = settings.peak_rate(global_batch)
+    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    for parameter in network.parameters():
+        if not parameter.requires_grad:
+            continue
+        matrix, head = parameter.ndim > 1, id(parameter) in in_head
+        group = groups.setdefault(
+            (matrix, head),
+            {
+                "params": [],
+                "weight_decay": settings.weight_decay if matrix else 0.0,
+                "adapt": matrix and not head,
+                "peak_rate": peak if head else peak * body_rate_factor,
+            },
+        )
+        group["params"].append(parameter)
     if settings.name == "adamw":
-        return torch.optim.AdamW(groups, lr=settings.learning_rate)
-    return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=0.9, nesterov=True)
+        return torch.optim.AdamW(groups.values(), lr=peak)
+    if settings.name == "lars":
+        return Lars(groups.values(), lr=peak, momentum=settings.momentum, trust_coefficient=settings.trust_coefficient)
+    nesterov = settings.nesterov and settings.momentum > 0  # torch refuses the one without the other
+    return torch.optim.SGD(groups.values(), lr=peak, momentum=settings.momentum, nesterov=nesterov)
+
+
+def apply_step(optimizer: torch.optim.Optimizer, network: nn.Module, settings: OptimizerSettings, step: int, num_steps: int) -> None:
+    """One update with the gradients that are there, at the schedule's rate for `step` of `num_steps`; then there are none."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_rate"] * settings.schedule_at(step, num_steps)
+    if settings.max_grad_norm is not None:
+        nn.utils.clip_grad_norm_(network.parameters(), settings.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def take_step(
     optimizer: torch.optim.Optimizer, network: nn.Module, loss: torch.Tensor, settings: OptimizerSettings, step: int, num_steps: int
 ) -> None:
-    """One update at the schedule's rate for `step` of `num_steps`."""
-    for group in optimizer.param_groups:
-        group["lr"] = settings.rate_at(step, num_steps)
-    optimizer.zero_grad(set_to_none=True)
+    """The gradient of `loss`, and one update with it."""
     loss.backward()
-    if settings.max_grad_norm is not None:
-        nn.utils.clip_grad_norm_(network.parameters(), settings.max_grad_norm)
-    optimizer.step()
+    apply_step(optimizer, network, settings, step, num_steps)

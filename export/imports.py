@@ -1,11 +1,11 @@
-"""Someone else's network -> a teacher of ours, or a checkpoint that becomes one. Nothing is downloaded.
+"""A ready ONNX classifier -> a teacher folder, through the parity gate. Networks in torch come in by `export/torch_imports.py`.
 
-Unit of data: one file of weights. A ready ONNX classifier ends as a teacher folder; a timm network ends as a checkpoint, like one that we
-trained: it can be fine-tuned, evaluated and exported.
+Unit of data: one ONNX file, of someone else (images in float or uint8) or of ours (a teacher folder that is taken over as it is).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,16 @@ import numpy.typing as npt
 import onnx
 
 from distill.errors import ConfigError
-from distill.models.classifier import Classifier
-from distill.models.saved_classifier import ClassifierCard, save_classifier
-from distill.models.settings import NetworkSettings
-from distill.models.timm_networks import create_timm
-from distill.teacher_info import Preprocessing, TeacherInfo
-from export.fingerprint import load_model
-from export.foreign_model import ImageInput
+from distill.teacher_info import METADATA_KEY, Preprocessing, TeacherInfo
+from export.contract import require_same_classes, require_same_size
+from export.fingerprint import load_model, read_teacher_info, write_teacher_info
+from export.foreign_model import ImageInput, forget_initialiser_inputs
+from export.graph import write_atomically
 from export.label_space import Crops, Logits
 from export.parity import Reference
 from export.sessions import open_session_of
-from export.settings import TeacherExportSettings
-from export.teacher import admit_teacher, unchecked_model
+from export.settings import StatedPreprocessing, TeacherExportSettings, usual_crop_ratio
+from export.teacher import TEACHER_FILE, admit_teacher, unchecked_model
 from export.wrap import Wrapped, wrap_classifier
 
 
@@ -60,40 +58,87 @@ def import_onnx(
     with unchecked_model(folder) as path:
         wrapped = wrap_classifier(source, path, preprocessing, logits)
         reference = original_reference(source, wrapped, preprocessing)
+        _require_classes(reference(crops_NHWC[:1]), class_names, source)
         return admit_teacher(path, folder, reference, preprocessing, class_names, crops_NHWC, image_ids, settings, version)
 
 
-def import_timm(
-    name: str,
-    weights: Path | None,
-    class_names: Sequence[str],
-    folder: Path,
-    preprocessing: Preprocessing | None = None,
-) -> ClassifierCard:
-    """Make a timm network a classifier checkpoint.
-
-    Args:
-        name: timm's name.
-        weights: a local `.safetensors` or `.pth`; None initialises at random, for a network to be trained here.
-        class_names: K names, in the order of the logits.
-        folder: where the checkpoint is written.
-        preprocessing: other than timm's own for this network.
+def onnx_preprocessing(source: Path, stated: StatedPreprocessing) -> Preprocessing:
+    """The contract of a ready ONNX classifier: what is stated, and the crop size that its input itself declares.
 
     Raises:
-        ConfigError: timm is not installed or has no such network.
-        CheckpointError: the weights cannot be read or belong to another network.
+        ConfigError: the input is of no fixed size and none is stated, or takes floats and no mean and std are stated.
     """
-    if len(class_names) < 2:
-        raise ConfigError(f"{len(class_names)} class names are given; a classifier has at least 2")
-    created = create_timm(name, len(class_names), weights)
-    card = ClassifierCard(
-        network=NetworkSettings(name=f"timm:{name}"),
-        class_names=tuple(class_names),
-        preprocessing=preprocessing or created.preprocessing,
-        origin={"imported_from": f"timm:{name}", "weights": weights.name if weights else None},
-    )
-    save_classifier(folder, Classifier(created.network, card.preprocessing), card)
-    return card
+    graph = load_model(source).graph
+    forget_initialiser_inputs(graph)
+    if len(graph.input) != 1:
+        raise ConfigError(f"{source.name} has {len(graph.input)} inputs; a classifier of images has one")
+    tensor = graph.input[0].type.tensor_type
+    dims = [dim.dim_value for dim in tensor.shape.dim]
+    sides = set(dims[2:] if dims[1:2] == [3] else dims[1:3])
+    size = stated.image_size or (sides.pop() if len(dims) == 4 and len(sides) == 1 else 0)
+    if size <= 0:
+        raise ConfigError(f"{source.name} takes images of shape {dims} (0 is any size); say the size it was trained on with --image-size")
+    if tensor.elem_type != onnx.TensorProto.UINT8 and (stated.mean is None or stated.std is None):
+        raise ConfigError(
+            f"{source.name} takes floats, so it needs the mean and std that it was trained with: give --mean and --std"
+            " (0,0,0 and 1,1,1 where values go from 0 to 1)"
+        )
+    return stated.over(Preprocessing(image_size=size, crop_ratio=usual_crop_ratio(size)))
+
+
+def adopt_teacher(
+    source: Path, folder: Path, class_names: Sequence[str], image_size: int | None, settings: TeacherExportSettings
+) -> TeacherInfo:
+    """Take over a teacher that `import_onnx` or `export_teacher` made: the same graph and weights, under the name that `settings` give.
+
+    Args:
+        source: its teacher folder, or `model.onnx` in it.
+        folder: the new teacher folder.
+        class_names: of the run; they must be the teacher's.
+        image_size: of the run's crops; must be the teacher's. None takes any.
+
+    Raises:
+        ConfigError: it has other classes, or sees crops of another size.
+        BadInput: no teacher of ours, or one that was altered.
+    """
+    model = teacher_file(source)
+    info = read_teacher_info(model)
+    require_same_classes(info.class_names, class_names, str(source))
+    require_same_size(info.preprocessing, image_size, str(source))
+    parity = model.with_name("parity.json")
+    folder.mkdir(parents=True, exist_ok=True)
+    if parity.is_file():
+        write_atomically(folder / parity.name, parity.read_bytes())
+    info = info.replace(name=settings.name, default_temperature=settings.default_temperature)
+    write_teacher_info(model, info, folder / TEACHER_FILE)
+    return info
+
+
+def is_teacher_of_ours(source: Path) -> bool:
+    """Whether `source` is a teacher folder, or an ONNX file that carries a `TeacherInfo`.
+
+    Raises:
+        StageMissing, BadInput: see `load_model`.
+    """
+    return METADATA_KEY in {entry.key for entry in load_model(teacher_file(source)).metadata_props}
+
+
+def teacher_file(source: Path) -> Path:
+    """The ONNX file that a path names: itself, or the one in a teacher folder."""
+    return source / TEACHER_FILE if source.is_dir() else source
+
+
+def num_weights(path: Path) -> int:
+    """Numbers in the tensors of an ONNX file: its parameters, and the few constants around them."""
+    return sum(math.prod(tensor.dims) for tensor in load_model(path).graph.initializer)
+
+
+def _require_classes(logits_BK: Logits, class_names: Sequence[str], source: Path) -> None:
+    """Before the gate, which would otherwise run to its end over a class list that does not fit."""
+    if logits_BK.shape[1] != len(class_names):
+        raise ConfigError(
+            f"{source.name} gives {logits_BK.shape[1]} logits a crop, but {len(class_names)} class names are given: they must be equal"
+        )
 
 
 def original_reference(source: Path, wrapped: Wrapped, preprocessing: Preprocessing) -> Reference:

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from distill.config import Section
+from distill.errors import ConfigError
+from distill.models.arch_names import arch_name, parse_arch
+from distill.teacher_info import Preprocessing
 
 
 class ParityLimits(Section):
@@ -114,20 +117,88 @@ class StudentExportSettings(Section):
     """Timed runs of each file in one round."""
 
 
-class ImportSettings(Section):
-    """A teacher trained elsewhere, in place of pretraining and fine-tuning. `data` states its crop size, mean, std and class names."""
+_ONLY_FOR = {
+    "timm_name": ("timm",),
+    "arch": ("torch",),
+    "logits": ("onnx",),
+    "classifier_after": ("simclr",),
+    "use_ema": ("simclr", "timm", "torch"),
+}
+"""Field of `ImportSettings` -> the kinds that it means something to."""
 
-    kind: Literal["onnx", "timm"]
-    """`onnx`: a ready ONNX classifier; `timm`: one of timm's networks with weights from a local file."""
-    path: str
-    """The ONNX file, or the weights of the timm network (`.safetensors`, or `.pth` that holds tensors only)."""
+
+class ImportSettings(Section):
+    """A teacher trained elsewhere, in place of pretraining and fine-tuning. `data` states its crop size, mean, std and class names.
+    `distill import KIND` does the same without a run file; docs/importing.md shows both."""
+
+    kind: Literal["simclr", "timm", "torch", "onnx", "checkpoint"]
+    """`simclr`: a published SimCLRv2 checkpoint; `timm`: one of timm's networks with weights from a local file; `torch`: a state dict of
+    the network `arch`; `onnx`: a ready ONNX classifier; `checkpoint`: one of ours, from `distill import` or another run."""
+    path: str | None = Field(default=None, min_length=1)
+    """`simclr`: the checkpoint's folder or prefix; `timm`, `torch`: the weights (`.safetensors`, or `.pth` that holds tensors only; with
+    `timm` none leaves them random); `onnx`: the file, or the folder that `distill import onnx` made; `checkpoint`: the folder."""
     timm_name: str | None = None
-    """timm's name of the network."""
+    """`timm`: timm's name of the network."""
+    arch: str | None = None
+    """`torch`: the network, `timm:NAME` or one of ours, spelled `resnetDEPTH[-xWIDTH][-sk[RATIO]][-cifar]`: `resnet50`, `resnet152-x3-sk`,
+    `resnet18-x0.5-cifar`."""
     logits: str | None = None
-    """The tensor that holds the logits, where an ONNX model has several outputs or ends in a softmax."""
+    """`onnx`: the tensor that holds the logits, where a model has several outputs or ends in a softmax."""
+    classifier_after: int | None = Field(default=None, ge=-1)
+    """`simclr`: layers of the projection head below the classifier; -1 for all. Default: what the checkpoint itself shows."""
+    use_ema: bool = False
+    """`simclr`, `timm`, `torch`: take the moving average of the weights that lies beside them in the file."""
+
+    @field_validator("arch")
+    @classmethod
+    def _arch_is_spelled_right(cls, arch: str | None) -> str | None:
+        try:
+            return arch if arch is None else arch_name(parse_arch(arch))
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
 
     @model_validator(mode="after")
-    def _timm_has_a_name(self) -> Self:
-        if self.kind == "timm" and not self.timm_name:
-            raise ValueError("timm_name is needed with kind: timm")
+    def _fields_fit_the_kind(self) -> Self:
+        for name, kinds in _ONLY_FOR.items():
+            if getattr(self, name) != type(self).model_fields[name].default and self.kind not in kinds:
+                raise ValueError(f"{name} is for kind {' or '.join(kinds)}, not for {self.kind}; leave it out")
+        for name, needing in (("timm_name", {"timm"}), ("arch", {"torch"}), ("path", {"simclr", "torch", "onnx", "checkpoint"})):
+            if self.kind in needing and not getattr(self, name):
+                raise ValueError(f"{name} is needed with kind: {self.kind}")
         return self
+
+
+class StatedPreprocessing(Section):
+    """What is stated of the preprocessing of a teacher from elsewhere; what is left out is taken from the network itself, or is usual."""
+
+    image_size: int | None = Field(default=None, ge=1, le=4096)
+    """Height and width, in pixels, of the crops that it was trained on."""
+    mean: tuple[float, float, float] | None = None
+    """Mean of R, G, B on the scale 0 to 1 that it was trained with."""
+    std: tuple[float, float, float] | None = None
+    """Standard deviation of R, G, B on the scale 0 to 1 that it was trained with."""
+    crop_ratio: float | None = Field(default=None, gt=0, le=1)
+    """Evaluation crop: the shorter side is resized to image_size / crop_ratio, then the centre is cut."""
+
+    @field_validator("mean")
+    @classmethod
+    def _mean_is_of_pixels(cls, mean: tuple[float, float, float] | None) -> tuple[float, float, float] | None:
+        if mean and not 0 <= min(mean) <= max(mean) <= 1:
+            raise ValueError(f"{mean} is not on the scale 0 to 1; divide numbers of the scale 0 to 255 by 255")
+        return mean
+
+    @field_validator("std")
+    @classmethod
+    def _std_divides(cls, std: tuple[float, float, float] | None) -> tuple[float, float, float] | None:
+        if std and min(std) <= 0:
+            raise ValueError(f"{std} is not above 0; give 1,1,1 where nothing is divided")
+        return std
+
+    def over(self, usual: Preprocessing) -> Preprocessing:
+        """`usual`, with what is stated in its place."""
+        return usual.replace(**self.model_dump(exclude_none=True))
+
+
+def usual_crop_ratio(image_size: int) -> float:
+    """0.875, but the whole image where it is as small as CIFAR's: the rule of the official SimCLRv2 code."""
+    return 1.0 if image_size <= 32 else 0.875

@@ -19,16 +19,15 @@ import ray
 import ray.data
 import ray.exceptions
 
+from distill.cluster.board import BoardHandle, raise_failure, report_failure, start_board
+from distill.cluster.session import ray_session
+from distill.cluster.settings import RaySettings
 from distill.errors import DistillError
-from distill.image_sets import open_unlabelled
 from distill.loader import CropLoader, LoaderSettings
 from distill.progress import ProgressLine
 from distill.rejections import RejectionLog
-from student_trainer.board import BoardHandle, raise_failure, report_failure, start_board
 from student_trainer.job import TrainJob
 from student_trainer.label_path import LabelPath
-from student_trainer.ray_session import ray_session
-from student_trainer.settings import RaySettings
 from student_trainer.store import SoftLabelStore
 from teacher_server.address import open_teacher
 
@@ -44,8 +43,7 @@ class LabelUnits:
         self._path = self._runner.run(self._open())
         train, data = self._job.train, self._job.data
         loading = LoaderSettings(self._job.seed, train.global_batch, drop_last=False, shuffle=False, num_threads=data.num_threads)
-        source = open_unlabelled(data)
-        self._loader = CropLoader(source, self._job.recipe, loading, lambda epoch: (epoch,), self._rejections)
+        self._loader = CropLoader(self._job.open_images(), self._job.recipe, loading, lambda epoch: (epoch,), self._rejections)
         self._seen: set[int] = set()
         """Shards whose images count as tried: once, not once a view."""
 
@@ -98,7 +96,7 @@ def label_images(job: TrainJob, settings: RaySettings) -> dict[str, Any]:
     assert job.store_folder is not None
     assert job.store_identity is not None
     store = SoftLabelStore(Path(job.store_folder), job.store_identity)
-    sizes = [shard.num_records for shard in open_unlabelled(job.data).shards]
+    sizes = [shard.num_records for shard in job.open_images().shards]
     units, skipped = _units_left(store, sizes, job.train.num_views)
     totals = {"images": skipped, "asked": 0, "from_store": skipped}
     with ProgressLine("label", sum(sizes) * job.train.num_views) as line:

@@ -21,7 +21,8 @@ def write_report(folder: Path, gathered: dict[str, Any]) -> Path:
     """Write `report.html` and `report.json`.
 
     Args:
-        gathered: plain data: `run` (the run file), `stages` (name -> result or None), `pretrain_curve`, `rejected`, `class_names`.
+        gathered: plain data: `run` (the run file), `stages` (name -> result or None), `teacher` (the stage that exported it),
+            `pretrain_curve`, `rejected`, `class_names`.
 
     Returns:
         The path of the HTML page.
@@ -59,8 +60,8 @@ def _content(gathered: dict[str, Any]) -> dict[str, Any]:
         "labels": _labels(train),
         "waits": Waits(**{name: train["totals"][name] for name in Waits.model_fields}).describe().capitalize() + ".",
         "files": [_file(file) for file in edge["files"]] if edge else [],
-        "fingerprint": stages["export-teacher"]["fingerprint"],
-        "parity": stages["export-teacher"]["parity"],
+        "fingerprint": stages[gathered["teacher"]]["fingerprint"],
+        "parity": stages[gathered["teacher"]]["parity"],
         "num_bins": NUM_BINS,
         "rejected": gathered["rejected"],
         "run_file": yaml.safe_dump(gathered["run"], sort_keys=False, allow_unicode=True),
@@ -90,6 +91,8 @@ def _summary(gathered: dict[str, Any]) -> str:
 
 def _rows(evaluation: dict[str, Any]) -> list[dict[str, str]]:
     rows = [_row("teacher", evaluation["teacher"])]
+    if "finetuned" in evaluation:
+        rows = [_row("teacher, fine-tuned", evaluation["finetuned"]), _row("teacher, self-distilled", evaluation["teacher"])]
     for name, entry in evaluation["students"].items():
         rows.append(_row(f"{name}, distilled", entry))
         if name in evaluation["controls"]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from distill.config import Section
 from distill.models.settings import NetworkSettings
 from distill.optimizer_settings import OptimizerSettings
+
+SELF_DISTILLED = "self-distilled"
+"""Name of the teacher's own student, in files and in the report."""
 
 
 class StoreSettings(Section):
@@ -20,29 +22,8 @@ class StoreSettings(Section):
     max_tv: float = Field(default=0.02, gt=0, lt=1)
     """Largest total-variation error that a kept label may have at the temperatures below, and at any other that it is read at."""
     temperatures: list[float] = Field(default_factory=lambda: [1.0], min_length=1)
-    """Temperatures at which the error is computed exactly when a label is written; train.temperature is always among them."""
-
-
-class RaySettings(Section):
-    """The Ray cluster that labels and trains."""
-
-    address: str | None = None
-    """Address of a running cluster. Without it one is started on this machine, bound to loopback, with a token of its own."""
-    num_workers: int = Field(default=1, ge=1)
-    """Training workers (data-parallel)."""
-    use_gpu: bool = False
-    """One GPU for each training worker."""
-    cpus_per_worker: float = Field(default=1, gt=0)
-    """CPUs that Ray sets aside for each worker."""
-    threads_per_worker: int = Field(default=0, ge=0)
-    """Threads that torch uses in each worker on a CPU; 0 shares this machine's cores among the workers."""
-    max_failures: int = Field(default=3, ge=-1)
-    """Times that a dead worker is replaced and training resumes from the last checkpoint; -1 for always."""
-
-    @property
-    def threads(self) -> int:
-        """Threads that torch uses in each worker on a CPU. (Ray itself would leave it one.)"""
-        return self.threads_per_worker or max(1, (os.cpu_count() or 1) // self.num_workers)
+    """Temperatures at which the error is computed exactly when a label is written; train.temperature is always among them. A label kept for
+    temperature 1 is often too rough at 0.1, and is then asked for again: name both if the store is to serve both."""
 
 
 class StudentSettings(Section):
@@ -52,27 +33,47 @@ class StudentSettings(Section):
     """Its name in files and in the report."""
     network: NetworkSettings
     """Its network."""
+    num_head_layers: int = Field(default=0, ge=0, le=3)
+    """Layers of the projection head between backbone and classifier; 0 as in the paper. For a student that starts from a checkpoint with
+    such layers and is to keep them."""
+    initial_weights: str = "random"
+    """What it starts from: `random`, `pretrained` (the backbone that this run pretrained), `finetuned` (this run's teacher, whole), or the
+    folder of a checkpoint, pretrained or classifier, of the same network."""
     optimizer: OptimizerSettings = OptimizerSettings()
     """Its optimiser and schedule."""
 
+    @model_validator(mode="after")
+    def _has_a_head(self) -> Self:
+        if self.num_head_layers and self.network.name != "resnet":
+            raise ValueError(f"network {self.network.name!r} has no projection head of ours: num_head_layers must be 0")
+        return self
 
-class TrainSettings(Section):
-    """Stage 3: students trained on the teacher's soft labels, all on one stream (SimCLRv2, section 2.3)."""
 
-    students: list[StudentSettings] = Field(min_length=1)
-    """The students. Each image is decoded once, asked for once, and trains all of them."""
+class DistillSettings(Section):
+    """How students learn from a teacher: the images, the loss, and how the labels are asked for."""
+
     epochs: int = Field(default=100, ge=1)
-    """Passes over the unlabelled images."""
+    """Passes over the images that the teacher is asked about."""
+    images: Literal["unlabelled", "labelled"] = "unlabelled"
+    """The images that the teacher is asked about: all of `data.unlabelled`, or only the labelled ones whose labels may be used (an ablation
+    of the paper's)."""
     num_views: int = Field(default=50, ge=1)
     """Different crops of each image; epoch e uses view e mod num_views, so later epochs read labels that are already stored."""
     global_batch: int = Field(default=256, ge=2)
-    """Images of one step over all workers."""
+    """Images of one step over all workers. Where only labelled images are used and there are fewer, all of them are one step."""
+    alpha: float = Field(default=1.0, gt=0, le=1)
+    """Share of the distillation loss; 1 - alpha is that of the cross-entropy on the labels (SimCLRv2, equation 3). Below 1 every step also
+    draws a batch of labelled images."""
+    labelled_batch: int | None = Field(default=None, ge=1)
+    """Labelled images of one step over all workers, where alpha is below 1. Default: `global_batch`, at most all there are."""
     min_area: float = Field(default=0.08, gt=0, le=1)
     """Smallest share of an image's area that a crop covers."""
     temperature: float = Field(default=1.0, gt=0, le=100)
-    """Distillation temperature of teacher and student."""
+    """Distillation temperature of teacher and student. The paper's: 0.1 for self-distillation, 1 from a big to a small network."""
     scale_by_temperature_squared: bool = False
     """Multiply the loss by T squared, which keeps the size of its gradient (Hinton 2015); the paper's formula does not."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Number format of the students' networks: `fp32`, `bf16`, or `auto`, which takes bf16 where the hardware is fast at it."""
     requests_in_flight: int = Field(default=4, ge=1)
     """Batches of one worker that may be waiting for the teacher."""
     teacher_patience_s: float = Field(default=600, gt=0)
@@ -81,6 +82,13 @@ class TrainSettings(Section):
     """Steps between checkpoints; one is written at each evaluation anyway."""
     num_evaluations: int = Field(default=20, ge=1)
     """Evaluations on the test images, at ends of epochs spread evenly over the run; the last epoch's is always one."""
+
+
+class TrainSettings(DistillSettings):
+    """Stage 3: students trained on the teacher's soft labels, all on one stream (SimCLRv2, section 2.3)."""
+
+    students: list[StudentSettings] = Field(min_length=1)
+    """The students. Each image is decoded once, asked for once, and trains all of them."""
     control: bool = True
     """Also train each student on the labelled images alone, for as many steps: what distillation is compared with."""
 
@@ -90,3 +98,32 @@ class TrainSettings(Section):
         if len(set(names)) != len(names):
             raise ValueError("every student needs a name of its own")
         return self
+
+
+class SelfDistillSettings(DistillSettings):
+    """The teacher teaches a network like itself, and that one labels for the students (SimCLRv2, section 2.3: a teacher that was distilled
+    once is the better teacher)."""
+
+    temperature: float = Field(default=0.1, gt=0, le=100)
+    """Distillation temperature of both networks; the paper's for self-distillation."""
+    network: NetworkSettings | None = None
+    """The network. Default: the teacher's; it has no layer of the projection head, as in the paper."""
+    initial_weights: str = "random"
+    """What it starts from; see `train.students.initial_weights`."""
+    optimizer: OptimizerSettings = OptimizerSettings()
+    """Its optimiser and schedule."""
+
+    def training(self, network: NetworkSettings) -> TrainSettings:
+        """As the training of one student, without a control.
+
+        Args:
+            network: that of the teacher.
+        """
+        student = StudentSettings(
+            name=SELF_DISTILLED,
+            network=self.network or network,
+            initial_weights=self.initial_weights,
+            optimizer=self.optimizer,
+        )
+        shared = {name: getattr(self, name) for name in DistillSettings.model_fields}
+        return TrainSettings(students=[student], control=False, **shared)

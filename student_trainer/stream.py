@@ -1,4 +1,4 @@
-"""Batches with soft labels, in the plan's order, asked for ahead of the training step.
+"""Batches with soft labels, in the plan's order, asked for ahead of the training step; and the control's, which need none.
 
 A feeder thread takes batches of crops from the loader and starts the labelling of each on an event loop of its own; a bounded queue holds
 them in order, so that answers may come out of order and batches do not. A semaphore lets no more than `in_flight` wait for the teacher.
@@ -195,6 +195,30 @@ class LabelledStream:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+class PlainStream:
+    """The control's stream: crops of labelled images, and no teacher."""
+
+    def __init__(self, loader: CropLoader) -> None:
+        self.loader = loader
+        self.waits = Waits()
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[LabelledBatch]:
+        """The batches of an epoch from `start_step` on."""
+        asked_at = time.monotonic()
+        for crops in self.loader.epoch(epoch, start_step):
+            handed_at = time.monotonic()
+            self.waits = self.waits.plus("decode", handed_at - asked_at)
+            yield LabelledBatch(crops, None, 0)
+            asked_at = time.monotonic()
+            self.waits = self.waits.plus("student", asked_at - handed_at)
+
+    def commit(self) -> None:
+        """Nothing is kept."""
+
+
+Stream: TypeAlias = LabelledStream | PlainStream
 
 
 def _drain(ahead: queue.Queue[Item]) -> None:

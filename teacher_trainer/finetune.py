@@ -1,35 +1,93 @@
-"""Stage 2, fine-tune: the pretrained network learns the classes from few labels (SimCLRv2, section 2.2).
+"""Stage 2, fine-tune: the pretrained network learns a task from few labels (SimCLRv2, section 2.2), or is judged by a linear classifier.
 
 The classifier sits on the middle of the projection head, not on the backbone: with few labels its first layer is worth keeping. All
-weights are trained, the kept head layer too. Crops and flips only, no colour distortion.
+weights are trained, the kept head layer too; in linear evaluation none but the classifier's. The loop is `teacher_trainer/supervised.py`.
 """
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from pydantic import Field
 
 from distill.checkpoint import load_checkpoint, load_weights
-from distill.crops import CropRecipe
+from distill.cluster.worker import Worker
+from distill.config import Section
 from distill.data_settings import DataSettings
-from distill.devices import best_device
 from distill.errors import CheckpointError, ConfigError
-from distill.loader import CropLoader, LoaderSettings
-from distill.models.classifier import Classifier, ResNetClassifier
-from distill.optimizers import build_optimizer, take_step
-from distill.progress import ProgressLine
+from distill.image_sets import open_labelled, open_labelled_subset
+from distill.models.classifier import Classifier, ResNetClassifier, build_classifier
+from distill.models.saved_classifier import ClassifierCard
+from distill.models.settings import NetworkSettings
 from distill.rejections import RejectionLog
-from distill.sources import Source
-from teacher_trainer.pretrain import PRETRAINED, ContrastiveNetwork
-from teacher_trainer.settings import FinetuneSettings, PretrainSettings
+from distill.teacher_info import Preprocessing
+from teacher_trainer.contrastive_network import PRETRAINED
+from teacher_trainer.settings import FinetuneSettings
+from teacher_trainer.supervised import train_supervised
+
+
+class FinetuneJob(Section):
+    """Everything that a worker needs to know to fine-tune one network; plain data."""
+
+    data: DataSettings
+    """The images, by absolute paths."""
+    finetune: FinetuneSettings
+    """What is trained, and how."""
+    network: NetworkSettings
+    """The backbone."""
+    pretrained: str | None = None
+    """Folder of the pretrained checkpoint. None trains fresh weights: the supervised baseline."""
+    seed: int
+    """Seed of label choice, crops, order and fresh weights."""
+    class_names: tuple[str, ...]
+    """Names of the K classes."""
+    origin: dict[str, Any] = Field(default_factory=dict)
+    """What the checkpoint says of where it came from: digests of the stages before."""
+    rejected_path: str
+    """Where unusable images are listed."""
+
+
+def finetune_worker(config: dict[str, Any], worker: Worker) -> None:
+    """Entry point of one worker: the checkpoint that it ends with is the fine-tuned classifier, with `result` (steps, loss, and the
+    `ClassifierScores` on the test images under `scores`) in its manifest.
+
+    Args:
+        config: a `FinetuneJob` as plain data.
+
+    Raises:
+        CheckpointError, ConfigError, SourceError, TooManyRejected: see `network_of` and `train_supervised`.
+    """
+    job = FinetuneJob.model_validate(config)
+    network = network_of(job)
+    card = ClassifierCard(
+        network=job.network,
+        num_head_layers=job.finetune.kept_head_layers,
+        class_names=job.class_names,
+        preprocessing=job.data.preprocessing,
+        origin=job.origin,
+    )
+    labelled, test = open_labelled_subset(job.data, job.seed), open_labelled(job.data.test, job.data)
+    with RejectionLog(Path(job.rejected_path), job.data.max_rejected_share) as rejections:
+        train_supervised(network, card, labelled, job.data, job.finetune, job.seed, worker, rejections, test)
+
+
+def network_of(job: FinetuneJob) -> Classifier:
+    """The network that the job starts with, the same in every worker: the pretrained one, or one with fresh weights of its seed.
+
+    Raises:
+        CheckpointError, ConfigError: see `classifier_from_pretrained` and `build_classifier`.
+    """
+    num_head_layers, num_classes = job.finetune.kept_head_layers, len(job.class_names)
+    torch.manual_seed(job.seed)
+    if job.pretrained is None:
+        return build_classifier(job.network, num_classes, job.data.preprocessing, num_head_layers)
+    return classifier_from_pretrained(Path(job.pretrained), job.network, job.data.preprocessing, num_head_layers, num_classes)
 
 
 def classifier_from_pretrained(
-    checkpoint: Path, data: DataSettings, pretraining: PretrainSettings, num_head_layers: int, num_classes: int
+    checkpoint: Path, network: NetworkSettings, preprocessing: Preprocessing, num_head_layers: int, num_classes: int
 ) -> Classifier:
     """The pretrained backbone and the first layers of its head, under a new linear classifier.
 
@@ -37,54 +95,19 @@ def classifier_from_pretrained(
         CheckpointError: no pretrained checkpoint there, or of another network.
         ConfigError: more head layers asked for than lie below the last one.
     """
-    if num_head_layers >= pretraining.num_head_layers:
-        raise ConfigError(
-            f"finetune.num_head_layers {num_head_layers} must be below pretrain.num_head_layers {pretraining.num_head_layers}"
-        )
     found = load_checkpoint(checkpoint)
     if found.manifest.get("kind") != PRETRAINED:
         raise CheckpointError(f"{checkpoint} holds a {found.manifest.get('kind')!r} checkpoint, not a pretrained one")
-    contrastive = ContrastiveNetwork(pretraining, data)
-    load_weights(contrastive, found.weights, str(checkpoint))
-    neck = contrastive.head.first_layers(num_head_layers)
-    return Classifier(ResNetClassifier(contrastive.backbone, neck, num_classes), data.preprocessing)
-
-
-def finetune(
-    network: Classifier,
-    labelled: Source,
-    data: DataSettings,
-    settings: FinetuneSettings,
-    seed: int,
-    rejections: RejectionLog,
-) -> dict[str, Any]:
-    """Train `network` in place on the labels of `labelled`.
-
-    Args:
-        labelled: only images whose label may be used.
-
-    Returns:
-        Last loss, steps and seconds, plain data.
-    """
-    device = best_device()
-    network.to(device)
-    torch.manual_seed(seed)
-    optimizer = build_optimizer(network, settings.optimizer)
-    recipe = CropRecipe(kind="random_resized", image_size=data.image_size, min_area=settings.min_area)
-    loading = LoaderSettings(seed, settings.global_batch, data.window_shards, num_threads=data.num_threads)
-    loader = CropLoader(labelled, recipe, loading, lambda epoch: (epoch,), rejections)
-    num_steps = settings.epochs * loader.plan(0).num_steps
-    started, done, loss_value = time.monotonic(), 0, float("nan")
-    with ProgressLine("finetune", num_steps * settings.global_batch) as line:
-        for epoch in range(settings.epochs):
-            for batch in loader.epoch(epoch):
-                done += 1
-                if len(batch.image_ids) < 2:
-                    continue  # bad images left fewer than batch norm needs; the step is passed over
-                network.train()
-                logits_BK = network(torch.from_numpy(batch.crops_VBHWC[0]).to(device))
-                loss = F.cross_entropy(logits_BK, torch.from_numpy(batch.labels_B).to(device))
-                take_step(optimizer, network, loss, settings.optimizer, done - 1, num_steps)
-                loss_value = loss.item()
-                line.update(settings.global_batch, f"loss {loss_value:.3f}")
-    return {"steps": done, "seconds": time.monotonic() - started, "loss": loss_value, "num_labelled": labelled.num_images}
+    layers = {name.split(".")[2] for name in found.weights if name.startswith("head.layers.")}
+    if num_head_layers >= len(layers):
+        raise ConfigError(
+            f"finetune.num_head_layers {num_head_layers} must be below {len(layers)}, the layers of the projection head in {checkpoint}"
+        )
+    classifier = build_classifier(network, num_classes, preprocessing, num_head_layers)
+    body = classifier.body
+    if not isinstance(body, ResNetClassifier):
+        raise CheckpointError(f"{checkpoint} holds one of our ResNets, and the network asked for is {network.name!r}")
+    for part, prefix in ((body.backbone, "backbone."), *((layer, f"head.layers.{i}.") for i, layer in enumerate(body.neck))):
+        weights = {name.removeprefix(prefix): tensor for name, tensor in found.weights.items() if name.startswith(prefix)}
+        load_weights(part, weights, str(checkpoint))
+    return classifier

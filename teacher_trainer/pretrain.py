@@ -1,168 +1,228 @@
 """Stage 1, pretrain: a big network learns from images without labels (SimCLRv2, section 2.1).
 
 image -> two crops (views 2e and 2e+1 of epoch e) -> colour distortion -> backbone -> projection head -> NT-Xent. Every random choice is a
-function of (seed, epoch, step), so a run that was cut off continues with the very next step and ends with the same weights.
+function of (seed, view, image), so a run that was cut off continues with the very next step and ends with the same weights, and several
+workers do together what one would do alone.
 
-Shapes: B images, C = 3, H W pixels, D embedding.
+Unit of data: one step, the same `global_batch` images however many workers share them.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from distill.checkpoint import load_checkpoint, load_weights, save_checkpoint
-from distill.config import digest_of
+from distill.checkpoint import load_checkpoint, load_weights, read_manifest, save_checkpoint
+from distill.cluster.ddp import sum_over_workers, sync_batch_norm, wrap
+from distill.cluster.worker import Worker
 from distill.crops import CropRecipe
-from distill.data_settings import DataSettings
-from distill.devices import best_device
-from distill.errors import CheckpointError
-from distill.loader import CropLoader, LoaderSettings
-from distill.models.classifier import Normalize, build_backbone, check_image_size
-from distill.models.projection_head import ProjectionHead
-from distill.optimizers import build_optimizer, take_step
-from distill.progress import ProgressLine
+from distill.errors import CheckpointError, ConfigError, DistillError
+from distill.image_sets import open_unlabelled
+from distill.loader import CropBatch, CropLoader, LoaderSettings
+from distill.optimizers import apply_step, build_optimizer
 from distill.rejections import RejectionLog
 from distill.sources import Source
-from teacher_trainer.augment import distort
-from teacher_trainer.contrastive import ContrastiveOutcome, nt_xent
-from teacher_trainer.settings import PretrainSettings
+from teacher_trainer.contrastive import BatchParts, ContrastiveOutcome
+from teacher_trainer.contrastive_network import PRETRAINED, ContrastiveNetwork
+from teacher_trainer.contrastive_step import ContrastiveStep, Views
+from teacher_trainer.curve import METRICS, Curve
+from teacher_trainer.memory import NegativeMemory
+from teacher_trainer.pretrain_job import PretrainJob, check_job, identity_of
+
+__all__ = ["PRETRAINED", "ContrastiveNetwork", "PretrainJob", "pretrain_result", "pretrain_worker"]
 
 logger = logging.getLogger(__name__)
 
-PRETRAINED = "pretrained"
-"""`kind` in the manifest of a pretrained checkpoint."""
+POST_EVERY_S = 0.5
 
 
-class ContrastiveNetwork(nn.Module):
-    """Normalisation, backbone and projection head; what pretraining trains and its checkpoint holds."""
-
-    def __init__(self, settings: PretrainSettings, data: DataSettings) -> None:
-        super().__init__()
-        check_image_size(settings.network, data.image_size)
-        self.normalize = Normalize(data.preprocessing)
-        self.backbone = build_backbone(settings.network)
-        self.head = ProjectionHead(self.backbone.feature_dim, settings.num_head_layers, settings.embedding_dim)
-
-    def forward(self, images_BCHW: Tensor) -> Tensor:
-        """float [B,3,H,W] in 0..1 -> embedding [B,D]."""
-        return self.head(self.backbone((images_BCHW - self.normalize.mean_C11) / self.normalize.std_C11))
-
-
-def pretrain(
-    source: Source, data: DataSettings, settings: PretrainSettings, seed: int, folder: Path, rejections: RejectionLog
-) -> dict[str, Any]:
-    """Train to the end, from the last checkpoint in `folder` if there is one of the same settings.
-
-    Returns:
-        Last loss, contrastive accuracy, steps and seconds, plain data. `folder/checkpoint` holds the weights.
+def pretrain_result(checkpoint: Path) -> dict[str, Any]:
+    """What a pretrained checkpoint says of its training: `steps`, `seconds`, `digest`, last `loss`, `accuracy` and `entropy`, and `curve`.
 
     Raises:
-        TooManyRejected, ConfigError: see `CropLoader`.
+        CheckpointError: see `read_manifest`.
     """
-    device = best_device()
-    torch.manual_seed(seed)
-    network = ContrastiveNetwork(settings, data).to(device)
-    optimizer = build_optimizer(network, settings.optimizer)
-    recipe = CropRecipe(kind="random_resized", image_size=data.image_size, min_area=settings.min_area)
-    loading = LoaderSettings(seed, settings.global_batch, data.window_shards, num_threads=data.num_threads)
-    loader = CropLoader(source, recipe, loading, lambda epoch: (2 * epoch, 2 * epoch + 1), rejections)
-    steps_per_epoch = loader.plan(0).num_steps
-    num_steps = settings.epochs * steps_per_epoch
-    identity = _identity(source, data, settings, seed)
-    done, metrics = _resume(folder / "checkpoint", identity, network, optimizer)
-    journal_path = folder / "metrics.jsonl"
-    _cut_journal(journal_path, done)
-    saved_at = time.monotonic()
-    started = time.monotonic()
-
-    def save(step: int) -> None:
-        manifest = {"kind": PRETRAINED, "identity": identity, "step": step, "network": settings.network.model_dump(), "metrics": metrics}
-        save_checkpoint(folder / "checkpoint", network.state_dict(), manifest, {"optimizer": optimizer.state_dict()})
-
-    with ProgressLine("pretrain", num_steps * settings.global_batch) as line, journal_path.open("a", buffering=1) as journal:
-        line.skip(done * settings.global_batch)
-        for epoch in range(done // max(1, steps_per_epoch), settings.epochs):
-            for batch in loader.epoch(epoch, start_step=done - epoch * steps_per_epoch):
-                done += 1
-                if len(batch.image_ids) < 2:
-                    continue  # bad images left nothing to compare; the step is passed over
-                generator = step_generator(seed, epoch, batch.step)
-                outcome = _train_step(network, optimizer, batch.crops_VBHWC, settings, generator, done - 1, num_steps)
-                metrics = {"loss": outcome.loss.item(), "accuracy": outcome.accuracy.item(), "entropy": outcome.entropy.item()}
-                journal.write(json.dumps({"step": done, "epoch": epoch, **metrics}) + "\n")
-                line.update(settings.global_batch, f"loss {metrics['loss']:.3f}, finds its partner {metrics['accuracy']:.0%}")
-                if time.monotonic() - saved_at > settings.checkpoint_every_s:
-                    save(done)
-                    saved_at = time.monotonic()
-            save(done)
-    if num_steps == 0:
-        save(0)
-    return {"steps": done, "seconds": time.monotonic() - started, "digest": identity, **metrics}
+    manifest = read_manifest(checkpoint)
+    return {
+        "steps": manifest["step"],
+        "seconds": manifest["seconds"],
+        "digest": manifest["identity"],
+        **manifest["metrics"],
+        "curve": manifest["curve"],
+    }
 
 
-def _train_step(
-    network: ContrastiveNetwork,
-    optimizer: torch.optim.Optimizer,
-    crops_VBHWC: np.ndarray[Any, Any],
-    settings: PretrainSettings,
-    generator: torch.Generator,
-    step: int,
-    num_steps: int,
-) -> ContrastiveOutcome:
-    network.train()
-    device = network.normalize.mean_C11.device
-    # Both views go through the network as one batch: batch norm sees 2B images, as on the authors' accelerators.
-    both_BHWC = torch.from_numpy(crops_VBHWC).flatten(0, 1).to(device)
-    images_BCHW = both_BHWC.permute(0, 3, 1, 2).float() / 255
-    images_BCHW = distort(images_BCHW, settings.jitter_strength, settings.blur_probability, generator)
-    first_BD, second_BD = network(images_BCHW).chunk(2)
-    outcome = nt_xent(first_BD, second_BD, settings.contrastive_temperature)
-    take_step(optimizer, network, outcome.loss, settings.optimizer, step, num_steps)
-    return outcome
+def pretrain_worker(config: dict[str, Any], worker: Worker) -> None:
+    """Entry point of one worker: the checkpoint that it ends with is the pretrained network.
+
+    Args:
+        config: a `PretrainJob` as plain data.
+
+    Raises:
+        ConfigError: a network that is none of ours, an image smaller than its stride, a batch larger than the images or smaller than the
+            workers, a queue longer than an epoch, or a loss that is not finite.
+        SourceError, TooManyRejected: see `open_unlabelled` and `CropLoader`.
+    """
+    job = PretrainJob.model_validate(config)
+    if job.num_threads and worker.device.type == "cpu":
+        torch.set_num_threads(job.num_threads)
+    with RejectionLog(Path(job.rejected_path), job.data.max_rejected_share) as rejections:
+        _Pretraining(job, open_unlabelled(job.data), worker, rejections).run()
 
 
-def _identity(source: Source, data: DataSettings, settings: PretrainSettings, seed: int) -> str:
-    """Names everything that the weights depend on, and nothing else: more threads or another interval of saving must not start afresh."""
-    return digest_of(
-        {
-            "settings": settings.model_dump(mode="json", exclude={"checkpoint_every_s"}),
-            "preprocessing": data.preprocessing.model_dump(mode="json"),
-            "window_shards": data.window_shards,
-            "seed": seed,
-            "images": source.digest(),
+class _Pretraining:
+    """The state of one training: network, optimiser, memory and curve, how far it is, and when it was last saved or spoken of."""
+
+    def __init__(self, job: PretrainJob, source: Source, worker: Worker, rejections: RejectionLog) -> None:
+        settings = job.pretrain
+        check_job(settings, source, worker.world)
+        self.settings, self.seed, self.worker = settings, job.seed, worker
+        # The official code resizes its training crops by bicubic interpolation.
+        recipe = CropRecipe(kind="random_resized", image_size=job.data.image_size, min_area=settings.min_area, interpolation="bicubic")
+        loading = LoaderSettings(job.seed, settings.global_batch, job.data.window_shards, num_threads=job.data.num_threads)
+        self.loader = CropLoader(source, recipe, loading, lambda e: (2 * e, 2 * e + 1), rejections, worker.rank, worker.world)
+        self.steps_per_epoch = self.loader.plan(0).num_steps
+        self.num_steps = settings.epochs * self.steps_per_epoch
+        torch.manual_seed(job.seed)
+        network = ContrastiveNetwork(settings, job.data).to(device=worker.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network: ContrastiveNetwork = sync_batch_norm(network, worker)
+        self.memory = settings.memory and NegativeMemory(network, settings.memory, settings.embedding_dim, worker.device)
+        self.optimizer = build_optimizer(network, settings.optimizer, settings.global_batch)
+        self.curve = Curve(self.num_steps, worker.device)
+        self.identity = identity_of(job, source)
+        self.done = 0
+        self.seconds = 0.0
+        self._saved: int | None = None
+        self._resume()
+        self.step = ContrastiveStep(network, wrap(network, worker), settings, worker)
+        self._started = time.monotonic() - self.seconds
+        self._saved_at = self._posted_at = time.monotonic()
+
+    def run(self) -> None:
+        """The steps that are left, and a checkpoint at the end."""
+        self._post("")
+        for epoch in range(self.done // max(1, self.steps_per_epoch), self.settings.epochs):
+            for batch in self.loader.epoch(epoch, start_step=self.done - epoch * self.steps_per_epoch):
+                parts, save_is_due = self._agree(len(batch.image_ids))
+                if save_is_due:
+                    self.save()
+                outcome = self.take(batch, parts)
+                self.done += 1
+                self.seconds = time.monotonic() - self._started
+                if self.curve.is_due(self.done):
+                    self._end_row(epoch)
+                if outcome is not None:
+                    self._tell(outcome, parts)
+        self.save()
+
+    def take(self, batch: CropBatch, parts: BatchParts) -> ContrastiveOutcome | None:
+        """One step of all workers; None where bad images left one of them none, or all of them nothing to compare."""
+        if min(parts.counts) < 1 or parts.num_images < 2:
+            return None
+        views = Views(batch, self.settings, self.seed, self.worker.device)
+        outcome = self.step.backward(views, parts, self.memory.negatives if self.memory else None)
+        apply_step(self.optimizer, self.network, self.settings.optimizer, self.done, self.num_steps)
+        if self.memory:
+            self.memory.follow(self.network)
+            embeddings_VBD = self.step.embeddings(self.memory.network, views, views.micro_batches(parts))
+            self.memory.keep(torch.cat([parts.gather(embeddings_BD) for embeddings_BD in embeddings_VBD]))
+        self.curve.add(outcome)
+        return outcome
+
+    def _agree(self, num_images: int) -> tuple[BatchParts, bool]:
+        """How many images each worker has, and whether a checkpoint is due: worker 0's clock decides for all."""
+        due = time.monotonic() - self._saved_at > self.settings.checkpoint_every_s and self.done != self._saved
+        if self.worker.world == 1:
+            return BatchParts((num_images,), 0), due
+        said = torch.zeros(self.worker.world, 2, dtype=torch.int64, device=self.worker.device)
+        said[self.worker.rank] = torch.tensor([num_images, int(due)])
+        counts, wishes = sum_over_workers(said).T.tolist()
+        return BatchParts(tuple(counts), self.worker.rank), bool(wishes[0])
+
+    def _sums(self) -> Tensor:
+        """The curve's sums over all workers.
+
+        Raises:
+            ConfigError: they are not finite, in every worker.
+        """
+        sums_3 = self.curve.sums if self.worker.world == 1 else sum_over_workers(self.curve.sums)
+        if not torch.isfinite(sums_3).all():
+            raise ConfigError(f"pretrain: the loss is not finite in step {self.done}; give a smaller pretrain.optimizer.learning_rate")
+        return sums_3
+
+    def _end_row(self, epoch: int) -> None:
+        row = self.curve.end_row(self.done, epoch, max(group["lr"] for group in self.optimizer.param_groups), self._sums())
+        self.worker.post({"kind": "curve", **row})
+
+    def _tell(self, outcome: ContrastiveOutcome, parts: BatchParts) -> None:
+        now = time.monotonic()
+        if self.worker.rank != 0 or (now - self._posted_at < POST_EVERY_S and self.done < self.num_steps):
+            return
+        self._posted_at = now
+        scale = parts.num_images / parts.counts[0]  # what worker 0 sees of the step stands for all of it
+        self._post(f"loss {scale * outcome.loss.item():.3f}, finds its partner {scale * outcome.accuracy.item():.0%}")
+
+    def _post(self, note: str) -> None:
+        self.worker.post({"kind": "step", "step": self.done, "of": self.num_steps, "images": self.settings.global_batch, "note": note})
+
+    def save(self) -> None:
+        """Keep a checkpoint that continues with the next step; nothing where the last one says it all. All workers call it together."""
+        if self.done == self._saved:
+            return
+        sums_3 = self._sums()
+        last = self.curve.rows[-1] if self.curve.rows else {}
+        manifest: dict[str, Any] = {
+            "kind": PRETRAINED,
+            "identity": self.identity,
+            "step": self.done,
+            "seconds": self.seconds,
+            "network": self.settings.network.model_dump(mode="json"),
+            "num_head_layers": self.settings.num_head_layers,
+            "embedding_dim": self.settings.embedding_dim,
+            "metrics": {name: last.get(name) for name in METRICS},
+            "curve": self.curve.rows,
         }
-    )
+        state: dict[str, Any] = {"optimizer": self.optimizer.state_dict(), "curve": self.curve.state_dict(sums_3)}
+        if self.memory:
+            state["memory"] = self.memory.state_dict()
+        self.worker.checkpoint(lambda folder: save_checkpoint(folder, self.network.state_dict(), manifest, state))
+        self._saved, self._saved_at = self.done, time.monotonic()
 
+    def _resume(self) -> None:
+        """Take everything from the last checkpoint, if it is one of this job.
 
-def _cut_journal(path: Path, steps: int) -> None:
-    """Take out of the journal what lies after the checkpoint: those steps are done, and written down, once more."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps), encoding="utf-8")
+        Raises:
+            DistillError: the workers did not find the same checkpoint.
+        """
+        with self.worker.resume() as folder:
+            if folder is not None:
+                self._load(folder)
+        if self.worker.world > 1:
+            found = torch.tensor([self.done, self.done**2], dtype=torch.float64, device=self.worker.device)
+            total, squares = (sum_over_workers(found) / self.worker.world).tolist()
+            if squares != total**2:
+                raise DistillError(
+                    f"worker {self.worker.rank} found a checkpoint of step {self.done}, others of another; do they share a disk?"
+                )
 
-
-def _resume(checkpoint: Path, identity: str, network: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, float]]:
-    """Steps already done and what the last one said; 0 and nothing when there is no checkpoint of this identity."""
-    try:
-        found = load_checkpoint(checkpoint)
-    except CheckpointError as error:
-        logger.info("pretraining starts afresh: %s", error)
-        return 0, {}
-    if found.manifest.get("identity") != identity or found.state is None:
-        return 0, {}
-    load_weights(network, found.weights, str(checkpoint))
-    optimizer.load_state_dict(found.state["optimizer"])
-    return int(found.manifest["step"]), dict(found.manifest["metrics"])
-
-
-def step_generator(seed: int, epoch: int, step: int) -> torch.Generator:
-    """The random numbers of one step: a function of (seed, epoch, step) only."""
-    state = np.random.SeedSequence([seed, epoch, step]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+    def _load(self, folder: Path) -> None:
+        try:
+            found = load_checkpoint(folder)
+        except CheckpointError as error:
+            logger.info("pretraining starts afresh: %s", error)
+            return
+        if found.manifest.get("identity") != self.identity or found.state is None:
+            logger.info("pretraining starts afresh: the checkpoint in %s is of other settings", folder)
+            return
+        load_weights(self.network, found.weights, str(folder))
+        self.optimizer.load_state_dict(found.state["optimizer"])
+        self.curve.load_state_dict(found.state["curve"], found.manifest["curve"], self.worker.rank)
+        if self.memory:
+            self.memory.load_state_dict(found.state["memory"])
+        self.done = self._saved = int(found.manifest["step"])
+        self.seconds = float(found.manifest["seconds"])

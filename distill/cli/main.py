@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import click
 
 from distill import __version__
+from distill.cli.importing import ImportGroup
 from distill.errors import ConfigError, DistillError
 
 DEFAULT_RUN_FILE = "recipes/quickstart.yaml"
@@ -28,6 +29,10 @@ VERBS: dict[str, tuple[str, tuple[str, ...]]] = {
     "finetune": ("Stage 2: teach it the classes from few labels. Needs pretrain.", ("data", "finetune")),
     "import": ("Take a teacher that was trained elsewhere, in place of stages 1 and 2.", ("data", "import")),
     "export-teacher": ("ONNX through the parity gate, into a Triton model repository. Needs finetune or import.", ("teacher",)),
+    "self-distill": (
+        "The teacher teaches a network like itself, which then labels for the students. Needs export-teacher.",
+        ("self_distill", "store", "ray"),
+    ),
     "serve": ("Run the teacher (Triton) and the REST gateway until stopped. Needs export-teacher.", ("server",)),
     "label": ("Fill the soft-label store ahead of training. Needs export-teacher.", ("store", "ray", "train")),
     "train": ("Stage 3: train the students on the teacher's soft labels. Needs export-teacher.", ("train", "store", "ray")),
@@ -99,6 +104,7 @@ def _run_verb(verb: str, config: Path, fresh: bool, overrides: tuple[str, ...]) 
         "finetune": verbs.finetune,
         "import": verbs.import_teacher,
         "export-teacher": verbs.export_teacher,
+        "self-distill": verbs.self_distill,
         "serve": serving.serve,
         "export-student": verbs.export_student,
         "report": verbs.report,
@@ -125,7 +131,7 @@ def _add_verb(verb: str, summary: str, sections: tuple[str, ...]) -> None:
     params = getattr(command, "__click_params__", [])
     added = VerbCommand(verb, callback=command, params=list(reversed(params)), help=summary, short_help=summary)
     added.sections = sections
-    cli.add_command(added)
+    cli.add_command(ImportGroup(added) if verb == "import" else added)
 
 
 for _verb, (_summary, _sections) in VERBS.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,11 @@ from rich.table import Table
 
 from distill.cli import verbs
 from distill.cli.run import Run
-from distill.cli.verbs import Result, served_teacher
+from distill.cli.verbs import served_teacher
+from distill.cluster.session import ray_session
 from distill.errors import DistillError
 from distill.image_sets import open_labelled, open_unlabelled
 from distill.progress import console, duration
-from student_trainer.ray_session import ray_session
-from teacher_server.address import TeacherAddress
 
 
 def quickstart(run: Run) -> None:
@@ -25,17 +25,17 @@ def quickstart(run: Run) -> None:
     file = run.file
     unlabelled = open_unlabelled(file.data)
     console.print(f"run {run.folder}: {unlabelled.num_images} unlabelled images, {len(run.class_names)} classes, {file.data.image_size} px")
-    if file.import_:
-        verbs.import_teacher(run)
-    else:
-        verbs.pretrain(run)
-        verbs.finetune(run)
-    verbs.export_teacher(run)
-    if run.evaluate.result() is None:
-        _serve_and_train(run)
-    else:
-        for stage in (run.train, run.evaluate):
-            console.print(f"[bold]{stage.name}[/bold]: done before with these settings, reused ({stage.folder})")
+    with ExitStack() as cluster:
+        if not run.finished:
+            cluster.enter_context(ray_session(file.ray))  # one for all stages that train
+        verbs.make_teacher(run)
+        if file.self_distill:
+            verbs.self_distill(run)
+        if not run.finished:
+            _serve_and_train(run)
+        else:
+            for stage in (run.train, run.evaluate):
+                console.print(f"[bold]{stage.name}[/bold]: done before with these settings, reused ({stage.folder})")
     verbs.export_student(run)
     made = verbs.report(run)
     console.print(result_table(verbs.gather(run)))
@@ -50,13 +50,8 @@ def _serve_and_train(run: Run) -> None:
     with served_teacher(run) as served:
         with Gateway(served.connect, settings) as gateway:
             show_one_request(run, gateway.url)
-        with ray_session(run.file.ray):
-            _train_and_evaluate(run, served.address)
-
-
-def _train_and_evaluate(run: Run, teacher: TeacherAddress) -> Result:
-    verbs.train(run, teacher)
-    return verbs.evaluate(run, teacher)
+        verbs.train(run, served.address)
+        verbs.evaluate(run, served.address)
 
 
 def show_one_request(run: Run, url: str) -> None:
@@ -83,7 +78,17 @@ def result_table(gathered: dict[str, Any]) -> Table:
     table = Table(title="on the test images")
     for heading in ("network", "parameters", "top-1", "ECE", "agrees with teacher", "KL to teacher"):
         table.add_column(heading, justify="left" if heading == "network" else "right")
-    table.add_row("teacher", "", f"{scores['teacher']['scores']['top1']:.1%}", f"{scores['teacher']['scores']['ece']:.3f}", "", "")
+    if "finetuned" in scores:
+        before = scores["finetuned"]["scores"]
+        table.add_row("teacher, fine-tuned", "", f"{before['top1']:.1%}", f"{before['ece']:.3f}", "", "")
+    table.add_row(
+        "teacher, self-distilled" if "finetuned" in scores else "teacher",
+        "",
+        f"{scores['teacher']['scores']['top1']:.1%}",
+        f"{scores['teacher']['scores']['ece']:.3f}",
+        "",
+        "",
+    )
     for group, title in (("students", "distilled"), ("controls", "labels only")):
         for name, entry in scores[group].items():
             near = entry["to_teacher"]

@@ -10,13 +10,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from distill.checkpoint import file_sha256
+from distill.checkpoint import MANIFEST, file_sha256, read_manifest
 from distill.cli.run_file import RunFile
-from distill.errors import ConfigError
+from distill.cli.teacher_import import teacher_digest
+from distill.config import digest_of
+from distill.errors import CheckpointError, ConfigError, StageMissing
 from distill.image_sets import class_names_of, open_labelled, open_unlabelled
+from distill.models.saved_classifier import read_card
+from distill.models.settings import NetworkSettings
 from distill.rejections import RejectionLog
 from distill.stages import Stage, plain, prepare_run_dir
+from export.settings import TeacherExportSettings
 from student_trainer.job import TrainJob
+from student_trainer.settings import TrainSettings
 from student_trainer.store import StoreIdentity
 from teacher_server.address import TeacherAddress
 
@@ -27,6 +33,20 @@ NO_EFFECT = {"requests_in_flight": 1, "teacher_patience_s": 1, "checkpoint_every
 class Run:
     """A run file, opened."""
 
+    STAGES = (
+        "pretrain",
+        "finetune",
+        "import",
+        "export-teacher",
+        "self-distill",
+        "export-self-distilled",
+        "train",
+        "control",
+        "evaluate",
+        "export-student",
+    )
+    """Folders of all stages that a run can have."""
+
     def __init__(self, file: RunFile) -> None:
         self.class_names = class_names_of(file.data)
         self.file = file.replace(data=file.data.replace(class_names=list(self.class_names)))
@@ -34,9 +54,14 @@ class Run:
         prepare_run_dir(self.folder)
         self._image_digests: dict[str, str] = {}
 
+    @property
+    def rejected_path(self) -> str:
+        """Where unusable images are listed, absolute: `rejected.jsonl` in the run folder."""
+        return str((self.folder / "rejected.jsonl").absolute())
+
     def rejections(self) -> RejectionLog:
-        """The list of unusable images, `rejected.jsonl` in the run folder."""
-        return RejectionLog(self.folder / "rejected.jsonl", self.file.data.max_rejected_share)
+        """The list of unusable images."""
+        return RejectionLog(Path(self.rejected_path), self.file.data.max_rejected_share)
 
     def images(self, name: Literal["unlabelled", "labelled", "test"]) -> str:
         """Digest of one set of images; opened once."""
@@ -51,56 +76,162 @@ class Run:
         """What of `data` changes the pixels that networks see, or their first layer."""
         return {**plain(self.file.data.preprocessing), "window_shards": self.file.data.window_shards, "seed": self.file.seed}
 
+    @cached_property
+    def _labels(self) -> dict[str, Any]:
+        """Which labels may be used."""
+        data = self.file.data
+        return {"label_fraction": data.label_fraction, "labelled_ids": file_sha256(Path(data.labelled_ids)) if data.labelled_ids else None}
+
     @property
     def pretrain(self) -> Stage:
         """Stage 1."""
-        settings = plain(self.file.pretrain.replace(checkpoint_every_s=1))  # how often it is saved changes nothing
+        settings = plain(self.file.pretrain.replace(checkpoint_every_s=1, checkpoint_blocks=False))  # neither changes what comes out
         return Stage(self.folder, "pretrain", {"pretrain": settings, "crops": self._crops}, {"images": self.images("unlabelled")})
+
+    @property
+    def pretrained(self) -> Path:
+        """The checkpoint that fine-tuning starts from: this run's, or an imported one."""
+        return self.imported.folder / "pretrained" if self.file.import_ else self.pretrain.folder / "checkpoint"
 
     @property
     def finetune(self) -> Stage:
         """Stage 2."""
-        settings = {"finetune": plain(self.file.finetune), "crops": self._crops, "label_fraction": self.file.data.label_fraction}
-        return Stage(self.folder, "finetune", settings, {"pretrain": self.pretrain.digest, "images": self.images("labelled")})
+        settings = {"finetune": plain(self.file.finetune.replace(checkpoint_every_s=1)), "crops": self._crops, **self._labels}
+        origin = self.imported if self.file.import_ else self.pretrain
+        inputs = {origin.name: origin.digest, "images": self.images("labelled"), "test": self.images("test")}
+        return Stage(self.folder, "finetune", settings, inputs)
 
     @property
     def imported(self) -> Stage:
         """The teacher from elsewhere.
 
         Raises:
-            ConfigError: the run file has no `import` section, or its file does not exist.
+            ConfigError, CheckpointError: the run file has no `import` section, or nothing lies where it points.
         """
         if self.file.import_ is None:
             raise ConfigError("the run file has no `import` section; see docs/run_file.md")
-        path = Path(self.file.import_.path)
-        if not path.is_file():
-            raise ConfigError(f"import.path {path} does not exist")
         settings = {"import": plain(self.file.import_), "crops": self._crops, "teacher": plain(self.file.teacher)}
-        return Stage(self.folder, "import", settings, {"file": file_sha256(path)})
+        return Stage(self.folder, "import", settings, {"file": teacher_digest(self.file.import_)})
+
+    @property
+    def origin(self) -> Stage:
+        """The stage whose classifier becomes the teacher: fine-tuning, or the import of a teacher that has its classes already.
+
+        Raises:
+            StageMissing: the import is not finished, so that nobody knows what it brings.
+        """
+        return self.imported if self.file.import_ and self.imported.require()["made"] != "pretrained" else self.finetune
+
+    @property
+    def first_teacher(self) -> Stage:
+        """The teacher, exported."""
+        return Stage(self.folder, "export-teacher", {"teacher": plain(self.file.teacher)}, {self.origin.name: self.origin.digest})
+
+    @property
+    def self_distill(self) -> Stage:
+        """The teacher's own student."""
+        settings = {"train": plain(self.self_training.replace(**NO_EFFECT)), **self._learning}
+        inputs = {"teacher": self.first_teacher.digest, "images": self.images("unlabelled"), **self._labelled(self.self_training)}
+        return Stage(self.folder, "self-distill", settings, inputs)
+
+    @property
+    def second_teacher(self) -> Stage:
+        """The self-distilled teacher, exported."""
+        settings = {"teacher": plain(self.second_name)}
+        return Stage(self.folder, "export-self-distilled", settings, {"self-distill": self.self_distill.digest})
 
     @property
     def teacher(self) -> Stage:
-        """The exported teacher."""
-        origin = self.imported if self.file.import_ else self.finetune
-        return Stage(self.folder, "export-teacher", {"teacher": plain(self.file.teacher)}, {origin.name: origin.digest})
+        """The teacher that labels for the students."""
+        return self.second_teacher if self.file.self_distill else self.first_teacher
+
+    @property
+    def teacher_settings(self) -> TeacherExportSettings:
+        """How it is served."""
+        return self.second_name if self.file.self_distill else self.file.teacher
+
+    @property
+    def second_name(self) -> TeacherExportSettings:
+        """The export of the self-distilled teacher: like the first one's, under a name of its own."""
+        return self.file.teacher.replace(name=f"{self.file.teacher.name}-self-distilled")
+
+    @cached_property
+    def self_training(self) -> TrainSettings:
+        """How the teacher teaches a network like itself.
+
+        Raises:
+            ConfigError: the run file has no `self_distill` section, or names no network where the teacher is none of ours.
+        """
+        if self.file.self_distill is None:
+            raise ConfigError("the run file has no `self_distill` section; see docs/run_file.md")
+        return self.file.self_distill.training(self.file.self_distill.network or self._teacher_network())
+
+    @property
+    def backbone(self) -> NetworkSettings:
+        """The pretrained backbone."""
+        if self.file.import_ is None:
+            return self.file.pretrain.network
+        return NetworkSettings.model_validate(read_manifest(self.pretrained)["network"])
+
+    def _teacher_network(self) -> NetworkSettings:
+        if self.file.import_ is None:
+            return self.file.pretrain.network
+        try:
+            return read_card(self.origin.folder / "checkpoint").network
+        except CheckpointError as error:
+            raise ConfigError("the imported teacher is no network of ours: name one in self_distill.network") from error
+
+    @property
+    def _learning(self) -> dict[str, Any]:
+        """What distillation depends on beside its own settings."""
+        return {"crops": self._crops, "max_tv": self.file.store.max_tv, "num_workers": self.file.ray.num_workers}
+
+    def _labelled(self, train: TrainSettings) -> dict[str, str]:
+        """The labelled images and the checkpoints as inputs of training, where it uses them."""
+        inputs = {"labelled": digest_of([self.images("labelled"), self._labels])} if train.alpha < 1 or train.images == "labelled" else {}
+        for student, folder in self.initial_checkpoints(train).items():
+            inputs[f"initial weights of {student}"] = file_sha256(Path(folder) / MANIFEST)
+        return inputs
+
+    def initial_checkpoints(self, train: TrainSettings) -> dict[str, str]:
+        """Student -> folder of the checkpoint that it starts from.
+
+        Raises:
+            StageMissing: it starts from a stage of this run that is not finished.
+            ConfigError: no checkpoint in the folder that is named, or no stage of this run makes such weights.
+        """
+        found = {}
+        for student in train.students:
+            if student.initial_weights == "random":
+                continue
+            if student.initial_weights == "pretrained":
+                (self.imported if self.file.import_ else self.pretrain).require()
+                folder = self.pretrained
+            elif student.initial_weights == "finetuned":
+                self.origin.require()
+                folder = self.origin.folder / "checkpoint"
+            else:
+                folder = Path(student.initial_weights)
+            if not (folder / MANIFEST).is_file():
+                raise ConfigError(
+                    f"student {student.name}: initial_weights {student.initial_weights}: no checkpoint in {folder};"
+                    " give random, pretrained, finetuned, or the folder of a checkpoint"
+                )
+            found[student.name] = str(folder.absolute())
+        return found
 
     @property
     def train(self) -> Stage:
         """Stage 3."""
-        settings = {
-            "train": plain(self.file.train.replace(**NO_EFFECT)),
-            "crops": self._crops,
-            "max_tv": self.file.store.max_tv,
-            "num_workers": self.file.ray.num_workers,
-        }
-        inputs = {"teacher": self.teacher.digest, "images": self.images("unlabelled")}
+        settings = {"train": plain(self.file.train.replace(**NO_EFFECT)), **self._learning}
+        inputs = {"teacher": self.teacher.digest, "images": self.images("unlabelled"), **self._labelled(self.file.train)}
         return Stage(self.folder, "train", settings, inputs)
 
     @property
     def control(self) -> Stage:
         """The students trained on labels alone."""
-        settings = {"label_fraction": self.file.data.label_fraction, **self.train.settings}
-        return Stage(self.folder, "control", settings, {"images": self.images("labelled")})
+        settings = {**self._labels, **self.train.settings}
+        return Stage(self.folder, "control", settings, {"images": self.images("labelled"), "unlabelled": self.images("unlabelled")})
 
     @property
     def evaluate(self) -> Stage:
@@ -109,6 +240,14 @@ class Run:
         if self.file.train.control:
             inputs["control"] = self.control.digest
         return Stage(self.folder, "evaluate", {}, inputs)
+
+    @property
+    def finished(self) -> bool:
+        """Whether everything up to the evaluation is done with these settings."""
+        try:
+            return self.evaluate.result() is not None
+        except StageMissing:
+            return False  # what an unfinished stage brings is part of the settings of later ones
 
     @property
     def edge(self) -> Stage:
@@ -120,39 +259,47 @@ class Run:
         """Triton's model repository."""
         return self.folder / "model_repository"
 
-    def store_identity(self, fingerprint: str) -> StoreIdentity:
-        """Whose labels this run's store holds."""
-        return StoreIdentity(
-            fingerprint=fingerprint,
-            num_classes=len(self.class_names),
-            recipe=self.job("labels", 1).recipe,
-            seed=self.file.seed,
-            images=self.images("unlabelled"),
-        )
-
-    def store_folder(self, identity: StoreIdentity) -> Path:
-        """Where the labels are kept."""
-        return Path(self.file.store.path) if self.file.store.path else self.folder / "store" / identity.digest()[:16]
-
-    def job(self, objective: str, epochs: int, **more: Any) -> TrainJob:
+    def job(self, objective: str, train: TrainSettings, **more: Any) -> TrainJob:
         """What Ray workers are told."""
         return TrainJob.model_validate(
             {
                 "objective": objective,
                 "data": self.file.data.absolute(),
-                "train": self.file.train,
-                "epochs": epochs,
+                "train": train,
+                "epochs": train.epochs,
                 "seed": self.file.seed,
                 "class_names": self.class_names,
-                "rejected_path": str((self.folder / "rejected.jsonl").absolute()),
-                "num_threads": self.file.ray.threads,
+                "rejected_path": self.rejected_path,
                 "store": self.file.store,
+                "initial_checkpoints": self.initial_checkpoints(train),
                 **more,
             }
         )
 
-    def distill_job(self, teacher: TeacherAddress) -> TrainJob:
-        """The job that reads the teacher's labels through the store."""
-        identity = self.store_identity(self.teacher.require()["fingerprint"])
-        folder = str(self.store_folder(identity).absolute())
-        return self.job("distill", self.file.train.epochs, teacher=teacher, store_folder=folder, store_identity=identity)
+    def distill_job(self, address: TeacherAddress, teacher: Stage, train: TrainSettings) -> TrainJob:
+        """The job that reads the labels of `teacher` through the store."""
+        job = self.job("distill", train)
+        identity = StoreIdentity(
+            fingerprint=teacher.require()["fingerprint"],
+            num_classes=len(self.class_names),
+            recipe=job.recipe,
+            seed=self.file.seed,
+            images=job.open_images().digest(),
+        )
+        folder = Path(self.file.store.path) if self.file.store.path else self.folder / "store" / identity.digest()[:16]
+        return job.replace(teacher=address, store_folder=str(folder.absolute()), store_identity=identity)
+
+    @property
+    def teachers(self) -> list[Stage]:
+        """The stages that make the teacher, each after those that it needs."""
+        if self.file.import_:
+            stages = [self.imported]
+            brought = self.imported.result()
+            if brought is None:
+                return stages
+            if brought["made"] == "pretrained":
+                stages.append(self.finetune)
+        else:
+            stages = [self.pretrain, self.finetune]
+        stages.append(self.first_teacher)
+        return [*stages, self.self_distill, self.second_teacher] if self.file.self_distill else stages

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from pydantic import ConfigDict, Field
 
+from distill.cluster.settings import RaySettings
 from distill.config import Section, load_run_file
 from distill.data_settings import DataSettings
 from export.settings import ImportSettings, StudentExportSettings, TeacherExportSettings
-from student_trainer.settings import RaySettings, StoreSettings, TrainSettings
+from student_trainer.settings import SelfDistillSettings, StoreSettings, TrainSettings
 from teacher_server.settings import ServerSettings
 from teacher_trainer.settings import FinetuneSettings, PretrainSettings
 
@@ -30,7 +31,7 @@ class RunFile(Section):
     finetune: FinetuneSettings = FinetuneSettings()
     """Stage 2: fine-tuning of the teacher on few labels."""
     import_: ImportSettings | None = Field(default=None, alias="import")
-    """A teacher that was trained elsewhere; stages 1 and 2 are then left out."""
+    """A teacher that was trained elsewhere; stages 1 and 2 are then left out. If it has no classes yet, only stage 1 is."""
     teacher: TeacherExportSettings = TeacherExportSettings()
     """Export of the teacher: parity gate and model repository."""
     server: ServerSettings = ServerSettings()
@@ -39,6 +40,8 @@ class RunFile(Section):
     """The soft-label store."""
     ray: RaySettings = RaySettings()
     """The Ray cluster."""
+    self_distill: SelfDistillSettings | None = None
+    """Between teacher and students: the teacher teaches a network like itself, which then labels for the students. None leaves it out."""
     train: TrainSettings
     """Stage 3: the students."""
     edge: StudentExportSettings = StudentExportSettings()

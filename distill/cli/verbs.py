@@ -16,9 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from distill.cli.run import Run
-from distill.errors import ConfigError
 from distill.progress import console
 from distill.stages import Stage
+from export.settings import TeacherExportSettings
+from student_trainer.job import TrainJob
+from student_trainer.settings import SELF_DISTILLED
 from teacher_server.address import TeacherAddress
 
 Result = dict[str, Any]
@@ -38,47 +40,48 @@ def pretrain(run: Run) -> Result:
     """Stage 1."""
 
     def work(folder: Path) -> Result:
-        from distill.image_sets import open_unlabelled
-        from teacher_trainer.pretrain import pretrain as train
+        from distill.checkpoint import keep_weights
+        from distill.cluster.group import run_workers
+        from teacher_trainer.pretrain import PretrainJob, pretrain_result, pretrain_worker
 
-        rejections = run.rejections()
-        source = open_unlabelled(run.file.data)
-        result = train(source, run.file.data, run.file.pretrain, run.file.seed, folder, rejections)
-        rejections.close()
-        return result
+        file = run.file
+        job = PretrainJob(data=file.data.absolute(), pretrain=file.pretrain, seed=file.seed, rejected_path=run.rejected_path)
+        with run_workers(pretrain_worker, job.model_dump(mode="json"), file.ray, folder, "pretrain") as final:
+            keep_weights(final, folder / "checkpoint")
+        return pretrain_result(folder / "checkpoint")
 
     return _once(run.pretrain, work)
 
 
 def finetune(run: Run) -> Result:
     """Stage 2."""
-    run.pretrain.require()
+    (run.imported if run.file.import_ else run.pretrain).require()
 
     def work(folder: Path) -> Result:
-        from distill.evaluation import evaluate_on, network_logits
-        from distill.image_sets import open_labelled, open_labelled_subset
-        from distill.label_metrics import score
-        from distill.models.saved_classifier import ClassifierCard, save_classifier
-        from teacher_trainer.finetune import classifier_from_pretrained
-        from teacher_trainer.finetune import finetune as train
+        from distill.checkpoint import keep_weights
+        from distill.cluster.group import run_workers
+        from teacher_trainer.finetune import FinetuneJob, finetune_worker
 
-        file, rejections = run.file, run.rejections()
-        checkpoint = run.pretrain.folder / "checkpoint"
-        network = classifier_from_pretrained(checkpoint, file.data, file.pretrain, file.finetune.num_head_layers, len(run.class_names))
-        labelled = open_labelled_subset(file.data, file.seed)
-        result = train(network, labelled, file.data, file.finetune, file.seed, rejections)
-        scores = score(*evaluate_on(network_logits(network), open_labelled(file.data.test, file.data), file.data, rejections))
-        card = ClassifierCard(
-            network=file.pretrain.network,
-            num_head_layers=file.finetune.num_head_layers,
+        file = run.file
+        job = FinetuneJob(
+            data=file.data.absolute(),
+            finetune=file.finetune,
+            network=run.backbone,
+            pretrained=str(run.pretrained.absolute()),
+            seed=file.seed,
             class_names=run.class_names,
-            preprocessing=file.data.preprocessing,
-            origin={"pretrained": run.pretrain.digest, "finetuned": run.finetune.digest},
+            origin={"finetuned": run.finetune.digest, **run.finetune.inputs},
+            rejected_path=run.rejected_path,
         )
-        save_classifier(folder / "checkpoint", network, card)
-        rejections.close()
-        console.print(f"  teacher: top-1 {scores.top1:.1%} on {scores.num_images} test images, from {labelled.num_images} labels")
-        return {**result, "scores": scores.model_dump()}
+        with run_workers(finetune_worker, job.model_dump(mode="json"), file.ray, folder, "finetune") as final:
+            result: Result = keep_weights(final, folder / "checkpoint")["result"]
+        scores = result["scores"]
+        title = "linear evaluation" if file.finetune.linear else "teacher"
+        console.print(
+            f"  {title}: top-1 {scores['top1']:.1%}, top-5 {scores['top5']:.1%}, ECE {scores['ece']:.3f}"
+            f" on {scores['num_images']} test images, from {result['num_labelled']} labels"
+        )
+        return result
 
     return _once(run.finetune, work)
 
@@ -87,27 +90,47 @@ def import_teacher(run: Run) -> Result:
     """A teacher from elsewhere."""
 
     def work(folder: Path) -> Result:
-        from export.imports import import_onnx, import_timm
+        from distill.cli.import_report import describe
+        from distill.cli.teacher_import import import_into
 
         file = run.file
         assert file.import_ is not None
-        if file.import_.kind == "timm":
-            name = str(file.import_.timm_name)
-            card = import_timm(name, Path(file.import_.path), run.class_names, folder / "checkpoint", file.data.preprocessing)
-            return {"kind": "timm", "card": card.model_dump(mode="json")}
-        crops, ids = _sample_crops(run, file.teacher.num_parity_images)
-        info = import_onnx(
-            Path(file.import_.path), folder, file.data.preprocessing, run.class_names, crops, ids, file.teacher, logits=file.import_.logits
+        result = import_into(
+            file.import_,
+            folder,
+            class_names=run.class_names,
+            preprocessing=file.data.preprocessing,
+            teacher=file.teacher,
+            sample=lambda preprocessing: _sample_crops(run, file.teacher.num_parity_images),
         )
-        return {"kind": "onnx", "fingerprint": info.fingerprint}
+        for line in describe(result, folder):
+            console.print(f"  {line}", markup=False)
+        return result
 
     return _once(run.imported, work)
 
 
+def make_teacher(run: Run) -> None:
+    """Every stage up to the exported teacher; those that are finished are reused."""
+    if run.file.import_:
+        import_teacher(run)
+        if run.origin.name == "import":
+            export_teacher(run)
+            return
+    else:
+        pretrain(run)
+    finetune(run)
+    export_teacher(run)
+
+
 def export_teacher(run: Run) -> Result:
     """The teacher through the parity gate and into Triton's model repository."""
-    origin = run.imported if run.file.import_ else run.finetune
-    origin.require()
+    run.origin.require()
+    return _export(run, run.first_teacher, run.origin.folder, "checkpoint", run.file.teacher)
+
+
+def _export(run: Run, stage: Stage, origin: Path, checkpoint: str, settings: TeacherExportSettings) -> Result:
+    """The classifier in `origin / checkpoint`, or the teacher graph in `origin`, into the repository."""
 
     def work(folder: Path) -> Result:
         import json
@@ -117,9 +140,9 @@ def export_teacher(run: Run) -> Result:
         from export.teacher import TEACHER_FILE, publish_teacher
         from export.teacher import export_teacher as export
 
-        settings, ready = run.file.teacher, origin.folder / TEACHER_FILE
+        ready = origin / TEACHER_FILE
         if not ready.exists():
-            saved = load_classifier(origin.folder / "checkpoint")
+            saved = load_classifier(origin / checkpoint)
             crops, ids = _sample_crops(run, settings.num_parity_images)
             card = saved.card
             export(saved.network, card.preprocessing, card.class_names, crops, ids, folder, settings)
@@ -130,7 +153,20 @@ def export_teacher(run: Run) -> Result:
         console.print(f"  parity gate passed; teacher {info.name}, fingerprint {info.fingerprint[:12]}, in {run.repository}")
         return {"fingerprint": info.fingerprint, "parity": parity, "size_bytes": ready.stat().st_size}
 
-    return _once(run.teacher, work)
+    return _once(stage, work)
+
+
+def self_distill(run: Run) -> Result:
+    """The teacher teaches a network like itself, which is exported as the teacher of the students."""
+    run.first_teacher.require()
+
+    def work(folder: Path) -> Result:
+        with _serving(run, run.file.teacher.name) as served:
+            return _train(run, run.distill_job(served.address, run.first_teacher, run.self_training), folder, "self-distill")
+
+    result = _once(run.self_distill, work)
+    _export(run, run.second_teacher, run.self_distill.folder, f"students/{SELF_DISTILLED}", run.second_name)
+    return result
 
 
 def _sample_crops(run: Run, count: int) -> tuple[npt.NDArray[np.uint8], list[str]]:
@@ -149,11 +185,17 @@ def _sample_crops(run: Run, count: int) -> tuple[npt.NDArray[np.uint8], list[str
 
 @contextmanager
 def served_teacher(run: Run) -> Iterator[Any]:
-    """The exported teacher, running; a `ServedTeacher`. It stops with the block."""
+    """The teacher of the students, running; a `ServedTeacher`. It stops with the block."""
+    run.teacher.require()
+    with _serving(run, run.teacher_settings.name) as served:
+        yield served
+
+
+@contextmanager
+def _serving(run: Run, name: str) -> Iterator[Any]:
     from teacher_server.serve import open_backend
 
-    run.teacher.require()
-    with open_backend(run.file.server, run.repository, run.file.teacher.name, run.folder / "logs") as served:
+    with open_backend(run.file.server, run.repository, name, run.folder / "logs") as served:
         if served.reason:
             console.print(f"  Triton cannot run here: {served.reason}. The teacher runs embedded (ONNX Runtime in each asking process).")
         else:
@@ -166,7 +208,7 @@ def label(run: Run, teacher: TeacherAddress) -> Result:
     from student_trainer.label import label_images
 
     console.print("[bold]label[/bold]")
-    result = label_images(run.distill_job(teacher), run.file.ray)
+    result = label_images(run.distill_job(teacher, run.teacher, run.file.train), run.file.ray)
     store = result["store"]
     mean = store["size_bytes"] / max(1, store["num_labels"])
     console.print(f"  store: {store['num_labels']} labels in {store['num_segments']} segments, {mean:.0f} bytes a label")
@@ -175,38 +217,30 @@ def label(run: Run, teacher: TeacherAddress) -> Result:
 
 def train(run: Run, teacher: TeacherAddress) -> Result:
     """Stage 3: all students on one stream."""
+    job = run.distill_job(teacher, run.teacher, run.file.train)
+    return _once(run.train, lambda folder: _train(run, job, folder, "distill"))
 
-    def work(folder: Path) -> Result:
-        from student_trainer.store import SoftLabelStore
-        from student_trainer.train import train_students
 
-        job = run.distill_job(teacher)
-        result = train_students(job, run.file.ray, folder, "distill")
-        assert job.store_folder is not None
-        assert job.store_identity is not None
-        store = SoftLabelStore(Path(job.store_folder), job.store_identity)
-        return {**result, "store": store.stats().model_dump(), "store_folder": job.store_folder}
+def _train(run: Run, job: TrainJob, folder: Path, title: str) -> Result:
+    from student_trainer.store import SoftLabelStore
+    from student_trainer.train import train_students
 
-    return _once(run.train, work)
+    result = train_students(job, run.file.ray, folder, title)
+    assert job.store_folder is not None
+    assert job.store_identity is not None
+    store = SoftLabelStore(Path(job.store_folder), job.store_identity)
+    return {**result, "store": store.stats().model_dump(), "store_folder": job.store_folder}
 
 
 def train_control(run: Run) -> Result:
     """The same students on the labels alone, for as many steps."""
 
     def work(folder: Path) -> Result:
-        from distill.image_sets import open_labelled_subset, open_unlabelled
         from student_trainer.train import train_students
 
-        file = run.file
-        labelled = open_labelled_subset(file.data, file.seed)
-        if labelled.num_images < file.train.global_batch:
-            raise ConfigError(
-                f"train.global_batch {file.train.global_batch} is larger than the {labelled.num_images} labelled images of the control;"
-                " make it smaller, or train.control=false"
-            )
-        steps = file.train.epochs * (open_unlabelled(file.data).num_images // file.train.global_batch)
-        epochs = math.ceil(steps / (labelled.num_images // file.train.global_batch))
-        return train_students(run.job("labels", epochs), file.ray, folder, "control")
+        job = run.job("labels", run.file.train)
+        steps = job.epochs * run.job("distill", run.file.train).steps_per_epoch()
+        return train_students(job.replace(epochs=math.ceil(steps / job.steps_per_epoch())), run.file.ray, folder, "control")
 
     return _once(run.control, work)
 
@@ -226,6 +260,8 @@ def evaluate(run: Run, teacher: TeacherAddress) -> Result:
         controls = {name: run.control.folder / "students" / name for name in names} if run.file.train.control else {}
         result = evaluate_all(teacher, students, controls, run.file.data, rejections)
         rejections.close()
+        if run.file.self_distill and run.origin.name == "finetune":
+            result["finetuned"] = {"scores": run.finetune.require()["scores"]}
         return result
 
     return _once(run.evaluate, work)
@@ -280,28 +316,25 @@ def gather(run: Run) -> dict[str, Any]:
     """Everything that the report shows: settings, and the results of the stages that are finished."""
     import json
 
-    stages = [run.train, run.evaluate, run.edge, run.teacher]
+    stages = [*run.teachers, run.train, run.evaluate, run.edge]
     if run.file.train.control:
         stages.append(run.control)
-    stages += [run.imported] if run.file.import_ else [run.pretrain, run.finetune]
     run.evaluate.require()
-    metrics = run.pretrain.folder / "metrics.jsonl"
-    curve = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()] if metrics.exists() else []
+    pretrained = None if run.file.import_ else run.pretrain.result()
     rejected = run.folder / "rejected.jsonl"
     lines = rejected.read_text(encoding="utf-8").splitlines() if rejected.exists() else []
     return {
         "run": json.loads(run.file.model_dump_json(by_alias=True)),
         "class_names": list(run.class_names),
         "stages": {stage.name: stage.result() for stage in stages},
-        "pretrain_curve": curve,
+        "teacher": run.teacher.name,
+        "pretrain_curve": pretrained["curve"] if pretrained else [],
         "rejected": [json.loads(line) for line in lines],
     }
 
 
 def forget(run: Run, verb: str) -> None:
     """Move aside what a verb made, so that it is made afresh; `quickstart` means every stage. The label store stays."""
-    origin = [run.imported] if run.file.import_ else [run.pretrain, run.finetune]
-    stages = [*origin, run.teacher, run.train, run.control, run.evaluate, run.edge]
-    for stage in stages:
-        if verb in ("quickstart", stage.name):
-            stage.forget()
+    made = {"self-distill": ("self-distill", "export-self-distilled"), "quickstart": run.STAGES}
+    for name in made.get(verb, (verb,)):
+        Stage(run.folder, name, {}, {}).forget()

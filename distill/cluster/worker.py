@@ -17,8 +17,8 @@ from distill.checkpoint import recover_folder, replace_folder
 from distill.devices import best_device
 
 Row: TypeAlias = dict[str, Any]
-"""Something to tell, plain data. `kind` says what it is: `step` rows hold `step` (done so far), `of` (of how many), `images` (of one step, over
-all workers) and `note` (what to show behind the rate); `silence` rows hold `seconds`; all others are for the journal only."""
+"""Something to tell, plain data. `kind` says what it is: `step` rows hold `step` (done so far), `of` (of how many), `images` (of one step,
+over all workers) and `note` (what to show behind the rate); `silence` rows hold `seconds`; all others are for the journal only."""
 
 
 class Worker(Protocol):

@@ -8,9 +8,9 @@ from typing import Any
 
 from pydantic import Field
 
-from distill.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from distill.checkpoint import load_checkpoint, load_weights, read_manifest, save_checkpoint
 from distill.config import Section, validate
-from distill.errors import CheckpointError
+from distill.errors import CheckpointError, ConfigError
 from distill.models.classifier import Classifier, build_classifier
 from distill.models.settings import NetworkSettings
 from distill.teacher_info import Preprocessing
@@ -54,10 +54,26 @@ def load_classifier(folder: Path) -> SavedClassifier:
         CheckpointError: no checkpoint there, damaged, of another kind, or weights that do not fit the card.
     """
     found = load_checkpoint(folder)
-    if found.manifest.get("kind") != CLASSIFIER:
-        raise CheckpointError(f"{folder} holds a {found.manifest.get('kind')!r} checkpoint, not a classifier")
-    card = validate(ClassifierCard, found.manifest["card"], origin=f"the card in {folder}")
+    card = _card_of(found.manifest, folder)
     network = build_classifier(card.network, len(card.class_names), card.preprocessing, card.num_head_layers)
     load_weights(network, found.weights, str(folder))
     network.eval()
     return SavedClassifier(network, card)
+
+
+def read_card(folder: Path) -> ClassifierCard:
+    """What the classifier in `folder` is, without reading its weights.
+
+    Raises:
+        CheckpointError: no checkpoint there, damaged, or of another kind.
+    """
+    return _card_of(read_manifest(folder), folder)
+
+
+def _card_of(manifest: dict[str, Any], folder: Path) -> ClassifierCard:
+    if manifest.get("kind") != CLASSIFIER:
+        raise CheckpointError(f"{folder} holds a {manifest.get('kind')!r} checkpoint, not a classifier")
+    try:
+        return validate(ClassifierCard, manifest.get("card"), origin=f"the card in {folder}")
+    except ConfigError as error:
+        raise CheckpointError(f"the checkpoint in {folder} is damaged: {error}") from error

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib.util
-import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,19 +15,14 @@ from types import ModuleType
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
-from distill.checkpoint import load_weights
-from distill.errors import CheckpointError, ConfigError
+from distill.errors import ConfigError
+from distill.models.weight_files import fit_weights, read_weights, require_classes
 from distill.teacher_info import Preprocessing
 
 _REPAIRS: list[torch.library.Library] = []
 """Declarations of `repair_torchvision`; they hold as long as these objects live."""
-
-_STATE_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
-"""Where training scripts put the weights in a .pth file, averaged ones first."""
 
 
 @dataclass(frozen=True)
@@ -54,19 +48,22 @@ class TimmNetwork:
         return Preprocessing(image_size=self.image_size, mean=self.mean, std=self.std, crop_ratio=self.crop_ratio)
 
 
-def create_timm(name: str, num_classes: int, weights: Path | None = None) -> TimmNetwork:
+def create_timm(name: str, num_classes: int, weights: Path | None = None, use_ema: bool = False) -> TimmNetwork:
     """One of timm's networks, freshly initialised or with the weights of a local file.
 
     Args:
         name: timm's name, with or without the tag of a pretrained configuration (`resnet18`, `resnet18.a1_in1k`).
         num_classes: K.
-        weights: a `.safetensors` file, or a `.pth` that holds nothing but tensors in containers: no pickle is executed.
+        weights: a file that `read_weights` reads.
+        use_ema: take the averaged weights of that file.
 
     Raises:
-        ConfigError: timm is not installed, has no network of this name, or none of square RGB input.
+        ConfigError: timm is not installed, has no network of this name, none of square RGB input, or the file has other than K classes.
         CheckpointError: the weights cannot be read or belong to another network.
     """
     timm = import_timm_library()
+    if ":" in name or "/" in name:
+        raise ConfigError(f"timm network {name!r}: a plain name such as resnet50 is needed; nothing is downloaded")
     try:
         network = timm.create_model(name, pretrained=False, num_classes=num_classes)
     except (RuntimeError, ValueError) as error:
@@ -74,30 +71,11 @@ def create_timm(name: str, num_classes: int, weights: Path | None = None) -> Tim
         hint = f"nearest are {', '.join(near)}" if near else "timm.list_models() names them all"
         raise ConfigError(f"timm has no network {name!r}; {hint}") from error
     if weights is not None:
-        load_weights(network, read_weights(weights), str(weights))
+        tensors = read_weights(weights, use_ema)
+        require_classes(tensors, _classifiers(network), num_classes, str(weights))
+        fit_weights(network, tensors, str(weights))
     network.eval()
     return _described(network, name)
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a weights file, by name.
-
-    Raises:
-        CheckpointError: the file is missing, of another kind, or holds objects that only pickle could load.
-    """
-    try:
-        tree: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"weights {path} do not exist") from error
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} holds more than tensors, and pickled code is never run: convert it to safetensors") from error
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
-        raise CheckpointError(f"weights {path} cannot be read: {' '.join(str(error).split())[:200]}") from error
-    if isinstance(tree, dict):
-        tree = next((tree[key] for key in _STATE_KEYS if isinstance(tree.get(key), dict)), tree)
-    if not isinstance(tree, dict) or not tree or not all(isinstance(value, Tensor) for value in tree.values()):
-        raise CheckpointError(f"{path} holds no mapping of names to tensors")
-    return {name.removeprefix("module."): value for name, value in tree.items()}
 
 
 def import_timm_library() -> ModuleType:
@@ -160,3 +138,9 @@ def _described(network: nn.Module, name: str) -> TimmNetwork:
         crop_ratio=known["crop_pct"],
         interpolation=known["interpolation"],
     )
+
+
+def _classifiers(network: nn.Module) -> tuple[str, ...]:
+    """Names of the layers that give the logits: most networks have one, distilled ones two."""
+    named = cast("dict[str, Any]", network.pretrained_cfg).get("classifier") or ()
+    return (named,) if isinstance(named, str) else tuple(named)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from distill.errors import SourceError
 from distill.sources.records import Source
@@ -41,16 +42,18 @@ def scan_labels(source: Source) -> dict[str, int]:
     return labels
 
 
-def labelled_subset(labels: Mapping[str, int], fraction: float, seed: int) -> list[str]:
+def labelled_subset(labels: Mapping[str, int], fraction: float, seed: int, class_names: Sequence[str] | None = None) -> list[str]:
     """The ids of a share of every class: a pure function of its arguments, the same in every process and for every order of the mapping.
 
-    Each class gives `fraction` of its own images, rounded, so the classes keep their proportions, and a smaller fraction is contained in a
-    larger one of the same seed (SimCLR's 1 % and 10 % labels, Chen et al. 2020).
+    Each class gives `fraction` of its own images, rounded, so the classes keep their proportions: a set with equally many images of each
+    class gives equally many labels of each (SimCLR's 1 % and 10 % of ImageNet are drawn so). A smaller fraction is contained in a larger
+    one of the same seed.
 
     Args:
         labels: image_id -> class id.
         fraction: share of each class, in (0, 1].
         seed: another seed chooses other images.
+        class_names: for the error message.
 
     Returns:
         Sorted image_ids.
@@ -60,18 +63,58 @@ def labelled_subset(labels: Mapping[str, int], fraction: float, seed: int) -> li
     """
     if not 0 < fraction <= 1:
         raise SourceError(f"fraction {fraction:g} of the labels is out of range; give more than 0 and at most 1")
+    chosen: list[str] = []
+    for label, ids in sorted(_ids_of_class(labels).items()):
+        num_chosen = math.floor(fraction * len(ids) + 0.5)
+        if num_chosen == 0:
+            name = _name(label, class_names)
+            raise SourceError(f"fraction {fraction:g} of the {len(ids)} images of {name} is none; give at least {0.5 / len(ids):.2g}")
+        chosen += sorted(ids, key=lambda image_id: _draw(seed, image_id))[:num_chosen]
+    return sorted(chosen)
+
+
+def listed_subset(labels: Mapping[str, int], path: Path, class_names: Sequence[str] | None = None) -> list[str]:
+    """The ids that a text file lists, one a line; empty lines and those that begin with `#` say nothing, and twice is once.
+
+    Args:
+        labels: image_id -> class id of the whole set.
+        path: the list, UTF-8.
+        class_names: for the error message.
+
+    Returns:
+        Sorted image_ids.
+
+    Raises:
+        SourceError: no such file, ids that are not in the set (the first few are named), or a class of the set left without an image.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError as error:
+        raise SourceError(f"the list of labelled images {path} cannot be read: {error.strerror}") from error
+    listed = {line.strip() for line in lines if line.strip() and not line.startswith("#")}
+    unknown = sorted(listed - labels.keys())
+    if unknown:
+        first, more = ", ".join(map(repr, unknown[:3])), ", ..." if len(unknown) > 3 else ""
+        example = f"; ids look like {next(iter(labels))!r}" if labels else ""
+        raise SourceError(
+            f"{len(unknown)} of the {len(listed)} ids listed in {path} are not among the labelled images: {first}{more}{example}"
+        )
+    empty = sorted(set(labels.values()) - {labels[image_id] for image_id in listed})
+    if empty:
+        names = ", ".join(_name(label, class_names) for label in empty[:3]) + (", ..." if len(empty) > 3 else "")
+        raise SourceError(f"{path} lists no image of {names}; list at least one of every class")
+    return sorted(listed)
+
+
+def _ids_of_class(labels: Mapping[str, int]) -> dict[int, list[str]]:
     ids_of_class: dict[int, list[str]] = defaultdict(list)
     for image_id, label in labels.items():
         ids_of_class[label].append(image_id)
-    chosen: list[str] = []
-    for label, ids in sorted(ids_of_class.items()):
-        num_chosen = math.floor(fraction * len(ids) + 0.5)
-        if num_chosen == 0:
-            raise SourceError(
-                f"fraction {fraction:g} of the {len(ids)} images of class {label} is none; give at least {0.5 / len(ids):.2g}"
-            )
-        chosen += sorted(ids, key=lambda image_id: _draw(seed, image_id))[:num_chosen]
-    return sorted(chosen)
+    return ids_of_class
+
+
+def _name(label: int, class_names: Sequence[str] | None) -> str:
+    return f"class {label}" + (f" ({class_names[label]})" if class_names else "")
 
 
 def _draw(seed: int, image_id: str) -> bytes:

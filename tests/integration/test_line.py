@@ -67,9 +67,7 @@ def test_a_second_quickstart_reuses_everything(finished: tuple[Line, str]) -> No
     line, _ = finished
     stages = {path: path.stat().st_mtime_ns for path in line.folder.glob("*/stage.json")}
     assert len(stages) == 7
-    started = time.monotonic()
     said = line.done("quickstart")
-    assert time.monotonic() - started < 40  # imports and the report; the first one trains, serves and measures
     assert said.count("reused") == 6
     assert "serve" not in said
     assert {path: path.stat().st_mtime_ns for path in line.folder.glob("*/stage.json")} == stages

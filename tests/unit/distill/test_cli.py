@@ -25,6 +25,7 @@ IN_ORDER = [
     "finetune",
     "import",
     "export-teacher",
+    "self-distill",
     "serve",
     "label",
     "train",

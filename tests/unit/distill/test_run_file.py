@@ -73,7 +73,10 @@ class TestRunFile:
         ("override", "said"),
         [
             ("import.tim_name=x", "import.tim_name: unknown key; did you mean 'timm_name'?"),
-            ("pretrain.global_batch=1", "pretrain.global_batch: Input should be greater than or equal to 2 (given: 1)"),
+            (
+                "pretrain.global_batch=1",
+                "pretrain.global_batch: Value error, a batch of one image has no negatives; give at least 2 (given: 1)",
+            ),
             ("train.students.0.network.depth=17", "depth is one of 10, 14, 18, 26, 34, 50, 101, 152, 200 (given: 17)"),
             ("train.students.0.name=a/b", "(given: 'a/b')"),
             ("data.label_fraction=0", "data.label_fraction: Input should be greater than 0 (given: 0)"),

@@ -50,10 +50,11 @@ def test_asks_once_and_hands_on_the_same_bits_for_ever(store: SoftLabelStore, lo
     assert len(held_by(store)) == 24
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("temperature", [0.1, 1.0, 2.0])
 def test_labels_are_the_teachers_within_max_tv(store: SoftLabelStore, loader_of: Any, temperature: float) -> None:
+    rules = LabelRules(temperature, tuple(sorted({*RULES.temperatures, temperature})), RULES.max_tv, patience_s=60)
     for batch, (logits_BK, _) in zip(
-        batches := one_epoch(loader_of), asyncio.run(label_all(LabelPath(store, FakeTeacher(), RULES), batches)), strict=True
+        batches := one_epoch(loader_of), asyncio.run(label_all(LabelPath(store, FakeTeacher(), rules), batches)), strict=True
     ):
         true_BK = fake_logits(batch.crops_VBHWC[0], 10)
         tv_B = 0.5 * np.abs(softmax(true_BK, temperature) - softmax(logits_BK, temperature)).sum(axis=1)

@@ -71,6 +71,7 @@ def gathered() -> dict[str, Any]:
             "pretrain": {},
             "finetune": {},
         },
+        "teacher": "export-teacher",
         "pretrain_curve": [{"step": step, "loss": 5 - step / 10, "accuracy": step / 20} for step in range(10)],
         "rejected": [{"image_id": HOSTILE, "reason": "truncated"}],
     }

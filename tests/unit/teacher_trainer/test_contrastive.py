@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
-from teacher_trainer.contrastive import nt_xent
+from distill.config import validate
+from distill.errors import ConfigError
+from distill.models.projection_head import unit_length
+from teacher_trainer.contrastive import BatchParts, nt_xent
 from teacher_trainer.settings import PretrainSettings
 
 
-def slow_loss(first_BD: Tensor, second_BD: Tensor, contrastive_temperature: float) -> tuple[Tensor, float, float]:
-    """(loss, accuracy, entropy) from the definition, view by view: -log of the partner's share among all other views."""
+def slow_loss(
+    first_BD: Tensor, second_BD: Tensor, contrastive_temperature: float, memory: Sequence[Tensor] = ()
+) -> tuple[Tensor, float, float]:
+    """(loss, accuracy, entropy) from the definition, view by view: -log of the partner's share among all other views and the memory."""
     views = [row / row.norm() for row in (*first_BD, *second_BD)]
     batch = len(first_BD)
+    anchors, views = views, [*views, *memory]
     total = torch.zeros((), dtype=torch.float64)
     found, entropy = 0, 0.0
-    for i, view in enumerate(views):
+    for i, view in enumerate(anchors):
         partner = (i + batch) % (2 * batch)
-        others = [j for j in range(2 * batch) if j != i]
+        others = [j for j in range(len(views)) if j != i]
         similarities = {j: torch.dot(view, views[j]) / contrastive_temperature for j in others}
         denominator = sum((torch.exp(s) for s in similarities.values()), start=torch.zeros((), dtype=torch.float64))
         total = total - torch.log(torch.exp(similarities[partner]) / denominator)
@@ -67,6 +73,28 @@ class TestAgainstTheLoop:
         torch.testing.assert_close(single.double(), slow_loss(first, second, 0.1)[0], rtol=1e-5, atol=1e-5)
 
 
+class TestMemory:
+    @pytest.mark.parametrize(("rows", "temperature"), [(1, 1.0), (7, 0.5), (40, 0.1)])
+    def test_more_negatives_against_the_loop(self, rows: int, temperature: float) -> None:
+        mine = [x.requires_grad_() for x in embeddings(6, 5, seed=rows)]
+        theirs = [x.requires_grad_() for x in embeddings(6, 5, seed=rows)]
+        memory_MD = unit_length(torch.randn(rows, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+        outcome = nt_xent(mine[0], mine[1], temperature, memory_MD=memory_MD)
+        loss, accuracy, entropy = slow_loss(theirs[0], theirs[1], temperature, list(memory_MD))
+        torch.testing.assert_close(outcome.loss, loss, rtol=1e-10, atol=1e-10)
+        assert (outcome.accuracy.item(), outcome.entropy.item()) == pytest.approx((accuracy, entropy), rel=1e-7)
+        outcome.loss.backward()
+        loss.backward()
+        for x, y in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(x.grad, y.grad, rtol=1e-9, atol=1e-12)
+
+    def test_one_image_against_the_memory(self) -> None:
+        """Partner at cosine 1, one memory row at 0, and the view itself left out: loss 2 log(1 + 1/e)."""
+        first = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+        outcome = nt_xent(first, first, 1.0, memory_MD=torch.tensor([[0.0, 1.0]], dtype=torch.float64))
+        assert outcome.loss.item() == pytest.approx(2 * math.log(1 + 1 / math.e))
+
+
 class TestByHand:
     def test_two_images_at_right_angles(self) -> None:
         """Each view: partner at cosine 1, two others at 0. Loss of a view: log(e + 2) - 1; the sum of both views' means is twice that."""
@@ -101,7 +129,24 @@ class TestByHand:
         assert (outcome.loss.requires_grad, outcome.accuracy.requires_grad, outcome.entropy.requires_grad) == (True, False, False)
 
 
+class TestParts:
+    def test_rows_of_a_worker(self) -> None:
+        parts = BatchParts((3, 0, 4), rank=2)
+        assert (parts.num_images, parts.num_before) == (7, 3)
+
+    def test_alone_nothing_is_gathered(self) -> None:
+        rows = torch.ones(3, 2, requires_grad=True)
+        assert BatchParts((3,), 0).gather(rows) is rows
+
+
 @pytest.mark.parametrize("batch", [0, 1])
-def test_a_batch_without_negatives_is_refused_by_the_settings(batch: int) -> None:
-    with pytest.raises(ValidationError, match="global_batch"):
-        PretrainSettings(global_batch=batch)
+def test_a_batch_without_negatives_is_refused(batch: int) -> None:
+    with pytest.raises(ConfigError, match=rf"global_batch: .*no negatives; give at least 2 \(given: {batch}\)"):
+        validate(PretrainSettings, {"global_batch": batch}, "the run file")
+    with pytest.raises(ConfigError, match=r"no negatives; make pretrain\.global_batch larger"):
+        nt_xent(torch.ones(batch, 3), torch.ones(batch, 3), 0.5)
+
+
+def test_a_queue_shorter_than_a_step_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"memory\.size 100 is less than the 128 views of one step"):
+        validate(PretrainSettings, {"global_batch": 64, "memory": {"size": 100}}, "the run file")

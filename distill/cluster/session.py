@@ -16,8 +16,8 @@ from pathlib import Path
 import ray
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
+from distill.cluster.settings import RaySettings
 from distill.errors import ServerStartError
-from student_trainer.settings import RaySettings
 
 OBJECT_STORE_BYTES = 256 * 2**20
 """Local cluster: crops and labels do not go through the object store, so a small one is enough."""

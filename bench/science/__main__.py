@@ -1,0 +1,99 @@
+"""`python -m bench.science run ...` trains what is missing, `python -m bench.science table` writes the table and the picture.
+
+    python -m bench.science run --dataset fashion --images WHERE/fashion --seeds 0 1 2 --minutes 110
+    python -m bench.science table
+
+Every stage is kept in the cache under the hash of its settings, so that the table can be built in pieces: `run` stops before the first arm
+that it would begin after `--minutes`, and goes on from there the next time; inside a stage it goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bench.science.arms import ARMS, SETTINGS, Arms
+from bench.science.stages import Stages
+from bench.science.table import write_table
+from distill.config import digest_of
+from distill.data_settings import DataSettings, ImagesSettings
+from distill.image_sets import class_names_of, open_unlabelled
+from distill.progress import console, duration
+from student_trainer.report import describe_machine
+
+RESULTS = Path(__file__).parent / "results"
+FRACTIONS = (0.01, 0.1)
+
+
+@click.group()
+def main() -> None:
+    """The science table."""
+
+
+@main.command()
+@click.option("--dataset", type=click.Choice(list(SETTINGS)), required=True)
+@click.option("--images", type=click.Path(exists=True, path_type=Path), required=True, help="What bench.science.datasets wrote.")
+@click.option("--cache", type=click.Path(path_type=Path), default=Path("runs/science"), show_default=True)
+@click.option("--seeds", type=int, multiple=True, default=(0,), show_default=True, help="Give it several times for several seeds.")
+@click.option("--minutes", type=float, default=120, show_default=True, help="No arm is begun after this time.")
+def run(dataset: str, images: Path, cache: Path, seeds: tuple[int, ...], minutes: float) -> None:
+    """Train what is missing; every finished arm is written to results/DATASET.json at once."""
+    started = time.monotonic()
+    path = RESULTS / f"{dataset}.json"
+    kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"cells": []}
+    for seed, fraction, arm, arms in _cells(dataset, images, cache / dataset, seeds):
+        if time.monotonic() - started > 60 * minutes:
+            console.print(f"stopped after {duration(time.monotonic() - started)}; the same command goes on")
+            break
+        scores = ARMS[arm](arms)
+        cell = {"arm": arm, "fraction": fraction, "seed": seed, **scores}
+        kept["cells"] = [c for c in kept["cells"] if (c["arm"], c["fraction"], c["seed"]) != (arm, fraction, seed)] + [cell]
+        kept |= {"dataset": dataset, "machine": describe_machine(), "setting": _described(dataset)}
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(kept, indent=1) + "\n")
+        console.print(f"[bold]{arm}[/bold], {fraction:.0%} of the labels, seed {seed}: top-1 {scores['top1']:.2%}")
+
+
+def _cells(dataset: str, images: Path, cache: Path, seeds: tuple[int, ...]) -> Iterator[tuple[int, float, str, Arms]]:
+    setting = SETTINGS[dataset]
+
+    def shards(part: str) -> ImagesSettings:
+        return ImagesSettings(path=str(images / f"{part}-*.tar"))
+
+    train = shards("train")
+    data = DataSettings(
+        unlabelled=train, labelled=train, test=shards("test"), image_size=setting.image_size, crop_ratio=1.0, window_shards=100
+    )
+    data = data.replace(class_names=list(class_names_of(data)))
+    digest = open_unlabelled(data).digest()
+    for seed in seeds:
+        stages = Stages(cache, data, digest, seed)
+        for fraction in FRACTIONS:
+            for arm in ARMS:
+                yield seed, fraction, arm, Arms(setting, stages, fraction)
+
+
+def _described(dataset: str) -> dict[str, Any]:
+    setting = SETTINGS[dataset]
+    return {
+        "pretrain": setting.pretrain.model_dump(mode="json"),
+        "finetune": {f"{fraction:g}": s.model_dump(mode="json") for fraction, s in setting.finetune.items()},
+        "supervised": {f"{fraction:g}": s.model_dump(mode="json") for fraction, s in setting.supervised.items()},
+        "digest": digest_of({"setting": str(setting)}),
+    }
+
+
+@main.command()
+def table() -> None:
+    """Write results/TABLE.md and results/science.png from results/*.json."""
+    for path in write_table(RESULTS, list(ARMS)):
+        console.print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

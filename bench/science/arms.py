@@ -1,0 +1,197 @@
+"""What is compared, and with which settings: one `Setting` for each image set, and the arms that are trained on it.
+
+Settings were chosen on the validation images, never on the test images, and for the supervised arms as carefully as for the others:
+README.md beside this file says what was tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from bench.science.stages import Made, Result, Stages
+from distill.models.settings import NetworkSettings
+from distill.optimizer_settings import OptimizerSettings
+from student_trainer.settings import StudentSettings, TrainSettings
+from teacher_trainer.settings import FinetuneSettings, PretrainSettings
+
+TEACHER = NetworkSettings(depth=18, width_multiplier=0.5, stem="cifar")
+STUDENT = NetworkSettings(depth=10, width_multiplier=0.25, stem="cifar")
+BIG_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How one image set is trained on."""
+
+    image_size: int
+    pretrain: PretrainSettings
+    finetune: dict[float, FinetuneSettings]
+    """Label fraction -> fine-tuning of the pretrained teacher."""
+    supervised: dict[float, FinetuneSettings]
+    """Label fraction -> training from random weights, teacher and student alike."""
+    distill_epochs: int
+    self_distill_epochs: int
+    min_area: float
+    """Smallest share of an image that a crop of distillation covers."""
+
+
+def _sgd(rate: float, decay: float) -> OptimizerSettings:
+    return OptimizerSettings(name="sgd", learning_rate=rate, weight_decay=decay, warmup_share=0.0)
+
+
+def _supervised(epochs: int, rate: float, min_area: float, decay: float = 5e-4) -> FinetuneSettings:
+    return FinetuneSettings(num_head_layers=0, epochs=epochs, global_batch=64, min_area=min_area, optimizer=_sgd(rate, decay))
+
+
+def _finetune(epochs: int, rate: float, min_area: float) -> FinetuneSettings:
+    return FinetuneSettings(num_head_layers=1, epochs=epochs, global_batch=64, min_area=min_area, optimizer=_sgd(rate, 1e-4))
+
+
+def _pretrain(epochs: int, temperature: float, min_area: float) -> PretrainSettings:
+    return PretrainSettings(
+        network=TEACHER,
+        epochs=epochs,
+        global_batch=BIG_BATCH,
+        contrastive_temperature=temperature,
+        min_area=min_area,
+        jitter_strength=0.5,
+        blur_probability=0.0,
+        optimizer=OptimizerSettings(name="adamw", learning_rate=0.002, weight_decay=1e-4),
+    )
+
+
+LINEAR = FinetuneSettings(
+    linear=True, epochs=60, global_batch=64, min_area=0.5, optimizer=OptimizerSettings(name="sgd", learning_rate=0.1, weight_decay=0.0)
+)
+
+SETTINGS = {
+    "fashion": Setting(
+        image_size=32,
+        pretrain=_pretrain(epochs=30, temperature=0.2, min_area=0.3),
+        finetune={0.01: _finetune(60, 0.02, 0.5), 0.1: _finetune(30, 0.02, 0.5)},
+        supervised={0.01: _supervised(300, 0.1, 0.5), 0.1: _supervised(60, 0.1, 0.5)},
+        distill_epochs=30,
+        self_distill_epochs=20,
+        min_area=0.5,
+    ),
+    "cifar10": Setting(
+        image_size=32,
+        pretrain=_pretrain(epochs=40, temperature=0.2, min_area=0.2),
+        finetune={0.01: _finetune(60, 0.02, 0.3), 0.1: _finetune(30, 0.02, 0.3)},
+        supervised={0.01: _supervised(300, 0.1, 0.3), 0.1: _supervised(60, 0.1, 0.3)},
+        distill_epochs=30,
+        self_distill_epochs=20,
+        min_area=0.3,
+    ),
+}
+
+
+class Arms:
+    """The arms of one image set, seed and label fraction. An arm makes what it needs, once for all arms that need it."""
+
+    def __init__(self, setting: Setting, stages: Stages, fraction: float) -> None:
+        self.setting, self.stages, self.fraction = setting, stages, fraction
+
+    def teacher_supervised(self) -> Result:
+        """The teacher's network, from random weights, on the labels alone."""
+        return self._scores(self.stages.classify(TEACHER, self.setting.supervised[self.fraction], self.fraction, None))
+
+    def teacher_linear(self) -> Result:
+        """Pretrained, frozen, under a linear classifier."""
+        return self._scores(self.stages.classify(TEACHER, LINEAR, self.fraction, self._pretrained()))
+
+    def teacher_finetuned(self) -> Result:
+        """Pretrained, then fine-tuned from the first layer of the projection head."""
+        return self._scores(self._finetuned())
+
+    def teacher_self_distilled(self) -> Result:
+        """The same network again, from random weights, on the fine-tuned teacher's soft labels of all images, at temperature 0.1."""
+        return self._self_distilled().result["scores"]["self-distilled"]
+
+    def student_supervised(self) -> Result:
+        """The small network, from random weights, on the labels alone."""
+        return self._scores(self.stages.classify(STUDENT, self.setting.supervised[self.fraction], self.fraction, None))
+
+    def student_labelled_only(self) -> Result:
+        """The small network on the self-distilled teacher's soft labels of the labelled images alone, for as many steps as the next."""
+        return self._student("labelled", alpha=1.0)
+
+    def student_distilled(self) -> Result:
+        """The small network on the self-distilled teacher's soft labels of all images."""
+        return self._student("unlabelled", alpha=1.0)
+
+    def student_mixed(self) -> Result:
+        """As before, half of the loss being the cross-entropy on the labels."""
+        return self._student("unlabelled", alpha=0.5)
+
+    def student_of_finetuned(self) -> Result:
+        """The small network on the soft labels of the teacher that was fine-tuned only."""
+        served = self.stages.serve(self._finetuned())
+        return self.stages.distill(served, self._training("unlabelled", 1.0), self.fraction).result["scores"]["small"]
+
+    def _pretrained(self) -> Made:
+        return self.stages.pretrain(self.setting.pretrain)
+
+    def _finetuned(self) -> Made:
+        return self.stages.classify(TEACHER, self.setting.finetune[self.fraction], self.fraction, self._pretrained())
+
+    def _self_distilled(self) -> Made:
+        train = TrainSettings(
+            students=[StudentSettings(name="self-distilled", network=TEACHER, optimizer=_sgd(0.1, 1e-4))],
+            epochs=self.setting.self_distill_epochs,
+            num_views=VIEWS,
+            global_batch=128,
+            min_area=self.setting.min_area,
+            temperature=0.1,
+            num_evaluations=1,
+            control=False,
+        )
+        return self.stages.distill(self.stages.serve(self._finetuned()), train, self.fraction)
+
+    def _training(self, images: str, alpha: float) -> TrainSettings:
+        return TrainSettings.model_validate(
+            {
+                "students": [StudentSettings(name="small", network=STUDENT, optimizer=_sgd(0.1, 1e-4))],
+                "images": images,
+                "alpha": alpha,
+                "epochs": self.setting.distill_epochs,
+                "num_views": VIEWS,
+                "global_batch": 128,
+                "min_area": self.setting.min_area,
+                "temperature": 1.0,
+                "num_evaluations": 1,
+                "control": False,
+            }
+        )
+
+    def _student(self, images: str, alpha: float) -> Result:
+        served = self.stages.serve(self._self_distilled(), student="self-distilled")
+        train = self._training(images, alpha)
+        if images == "labelled":  # as many steps as with all images
+            steps = train.epochs * (NUM_IMAGES // train.global_batch)
+            labelled = round(NUM_IMAGES * self.fraction)
+            train = train.replace(epochs=round(steps / max(1, labelled // min(train.global_batch, labelled))))
+        return self.stages.distill(served, train, self.fraction).result["scores"]["small"]
+
+    @staticmethod
+    def _scores(made: Made) -> Result:
+        return made.result["scores"]
+
+
+VIEWS = 10
+"""Different crops of each image in distillation; later epochs read the labels of the first ten."""
+NUM_IMAGES = 20_000
+
+ARMS: dict[str, Callable[[Arms], Result]] = {
+    "teacher, supervised only": Arms.teacher_supervised,
+    "teacher, pretrained, linear": Arms.teacher_linear,
+    "teacher, pretrained + fine-tuned": Arms.teacher_finetuned,
+    "teacher, + self-distilled": Arms.teacher_self_distilled,
+    "student, supervised only": Arms.student_supervised,
+    "student, distilled on labelled images only": Arms.student_labelled_only,
+    "student, distilled on all images": Arms.student_distilled,
+    "student, distilled + labels (alpha 0.5)": Arms.student_mixed,
+    "student, distilled from the fine-tuned teacher": Arms.student_of_finetuned,
+}
+"""Row of the table -> how it is made."""

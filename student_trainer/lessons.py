@@ -1,0 +1,115 @@
+"""From streams to lessons: what the students of one worker learn from in each step, on their device.
+
+Flow: `LabelledStream` (crops and the teacher's logits), below alpha 1 joined by `labelled_batches` (crops and labels), or `PlainStream`
+(the control: crops and labels) -> `Lesson`. Unit of data: one `Lesson`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from distill.cluster.ddp import sum_over_workers
+from distill.cluster.worker import Worker
+from distill.loader import CropBatch, CropLoader
+from distill.rejections import RejectionLog
+from distill.sources import Source
+from student_trainer.job import TrainJob
+from student_trainer.labelled_images import labelled_batches
+from student_trainer.loss import Lesson
+from student_trainer.store import SoftLabelStore
+from student_trainer.stream import LabelledBatch, LabelledStream, PlainStream, Stream
+from teacher_server.address import open_teacher
+
+
+class Lessons:
+    """One worker's lessons. Made by `open_lessons`."""
+
+    def __init__(self, stream: Stream, labelled: Iterator[CropBatch] | None, worker: Worker) -> None:
+        self.stream = stream
+        self._labelled = labelled
+        self._worker = worker
+
+    def epoch(self, epoch: int, start_step: int) -> Iterator[tuple[LabelledBatch, Lesson]]:
+        """The batches of an epoch from `start_step` on, each with its lesson; the first time it must be the step of `open_lessons`.
+
+        Raises:
+            what the streams raise, at the batch that it befell.
+        """
+        for batch in self.stream.epoch(epoch, start_step):
+            yield batch, self._lesson(batch, self._next_labelled())
+
+    def _next_labelled(self) -> CropBatch | None:
+        if self._labelled is None:
+            return None
+        asked_at = time.monotonic()
+        labelled = next(self._labelled)
+        waited_s = time.monotonic() - asked_at
+        # The stream takes this time for the training step's.
+        self.stream.waits = self.stream.waits.plus("decode", waited_s).plus("student", -waited_s)
+        return labelled
+
+    def _lesson(self, batch: LabelledBatch, labelled: CropBatch | None) -> Lesson:
+        parts = [batch.crops] if labelled is None else [batch.crops, labelled]
+        crops_BHWC = self._put(np.concatenate([part.crops_VBHWC[0] for part in parts]))
+        if batch.logits_BK is None:
+            (share,) = self._shares(len(batch.crops.image_ids))
+            return Lesson(crops_BHWC, labels_L=self._put(batch.crops.labels_B), labels_share=share)
+        teacher_UK = self._put(batch.logits_BK)
+        if labelled is None:
+            (share,) = self._shares(len(teacher_UK))
+            return Lesson(crops_BHWC, teacher_UK, teacher_share=share)
+        labels_L = self._put(labelled.labels_B)
+        teacher_share, labels_share = self._shares(len(teacher_UK), len(labels_L))
+        return Lesson(crops_BHWC, teacher_UK, labels_L, teacher_share, labels_share)
+
+    def _put(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._worker.device)
+
+    def _shares(self, *counts: int) -> list[float]:
+        """World times this worker's share of all images, for each count of images; 1 where the parts are equal."""
+        if self._worker.world == 1:
+            return [1.0] * len(counts)
+        own = torch.tensor(counts, dtype=torch.float32, device=self._worker.device)
+        return (own * self._worker.world / sum_over_workers(own).clamp(min=1)).tolist()
+
+
+@contextmanager
+def open_lessons(job: TrainJob, images: Source, rejections: RejectionLog, worker: Worker, epoch: int, step: int) -> Iterator[Lessons]:
+    """The lessons of this worker from (epoch, step) on. Leaving the block commits the labels that were asked for.
+
+    Raises:
+        what opening the store, the teacher and the labelled images raises.
+    """
+    with ExitStack() as stack:
+        stream = stack.enter_context(_open_stream(job, images, rejections, worker))
+        labelled = None
+        if job.mixes_labels:
+            first_step = epoch * stream.loader.plan(0).num_steps + step
+            labelled = stack.enter_context(closing(_open_labelled(job, rejections, worker, first_step)))
+        yield Lessons(stream, labelled, worker)
+
+
+def _open_stream(job: TrainJob, images: Source, rejections: RejectionLog, worker: Worker) -> AbstractContextManager[Stream]:
+    settings, views = job.loading(images), job.train.num_views
+    if job.objective == "labels":
+        return nullcontext(PlainStream(CropLoader(images, job.recipe, settings, lambda e: (e,), rejections, worker.rank, worker.world)))
+    assert job.teacher is not None
+    assert job.store_folder is not None
+    assert job.store_identity is not None
+    address = job.teacher
+    loader = CropLoader(images, job.recipe, settings, lambda e: (e % views,), rejections, worker.rank, worker.world)
+    store = SoftLabelStore(Path(job.store_folder), job.store_identity)
+    return LabelledStream(loader, store, lambda: open_teacher(address), job.rules, job.train.requests_in_flight)
+
+
+def _open_labelled(job: TrainJob, rejections: RejectionLog, worker: Worker, first_step: int) -> Generator[CropBatch]:
+    source = job.open_labelled()
+    # As in the control, every pass cuts new crops: nobody is asked about them.
+    loader = CropLoader(source, job.recipe, job.labelled_loading(source), lambda e: (e,), rejections, worker.rank, worker.world)
+    return labelled_batches(loader, first_step)
