@@ -4,11 +4,13 @@ Unit of data: one decision and its reason. All hidden layers of the head have th
 on the features (layer 0: linear evaluation, 100 % of the labels) from one on the first layer (the paper's choice for 1 % and 10 %). The
 evidence, best first: what the caller says; the shapes; the saved computation; the run's own flags; in which head layers the optimiser has
 momentum (TF2 trains exactly those below the classifier; TF1 trains none of them in fine-tuning, so there that says nothing); the training
-step, which names the published runs; and at last the official default, 0, which is then said to be a guess.
+step, which names the published runs; the names of the folders, as the published ones lie in (`finetuned_1pct/r50_1x_sk0`); and at last the
+official default, 0. The last two are said to be guesses.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import Enum
 
@@ -20,6 +22,8 @@ from teacher_trainer.simclr_names import MEMORY, head_name, supervised_name
 PRETRAINING_STEP = 250_228  # 800 epochs of 1,281,167 images in batches of 4096, and one: the published pretrained networks
 STEPS_AFTER_FIRST_LAYER = {751: "1 %", 3754: "10 %"}  # of the labels: 60 and 30 epochs in batches of 1024
 STEPS_AFTER_BACKBONE = {37_535: "fine-tuned with 100 % of the labels", 28_151: "supervised"}
+NAMES_AFTER = {r"(?<!\d)10?pct": 1, r"100pct|supervised": 0, r"(?<![a-z0-9])ft0(?!\d)": 0, r"(?<![a-z0-9])ft1(?!\d)": 1}
+"""How a folder is called -> the layer: published runs by their share of the labels, others by their `ft_proj_selector`."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class ClassifierPlace:
     reason: str
     """What this was concluded from."""
     is_guess: bool = False
-    """Nothing in the file tells; the official default was taken."""
+    """Nothing in the file tells."""
 
 
 class Purpose(Enum):
@@ -53,14 +57,15 @@ def find_purpose(checkpoint: SimclrCheckpoint, step: int | None) -> Purpose:
     mode = checkpoint.files.flags.get("train_mode")
     if mode in ("pretrain", "finetune"):
         return Purpose.PRETRAINED if mode == "pretrain" else Purpose.FINE_TUNED
+    if names.slots:
+        # The contrastive loss alone trains the head's last layer, unless the classifier sits on it.
+        on_output = _fitting(checkpoint) == [last] or (graph is not None and graph.classifier_after == last)
+        whole = checkpoint.was_trained(head_name(last - 1, "kernel")) and not on_output
+        return Purpose.PRETRAINED if whole else Purpose.FINE_TUNED
     if graph is not None and graph.classifier_after is not None:
         return Purpose.PRETRAINED if graph.gradient_stopped else Purpose.FINE_TUNED
-    if names.averages or names.ignored[MEMORY]:
-        return Purpose.PRETRAINED
-    if names.slots:
-        # The contrastive loss alone trains the head's last layer, unless the classifier can only sit on it.
-        whole = checkpoint.was_trained(head_name(last - 1, "kernel")) and _fitting(checkpoint) != [last]
-        return Purpose.PRETRAINED if whole else Purpose.FINE_TUNED
+    if names.ignored[MEMORY] or any(name.startswith("ema_model/") for name in names.averages.values()):
+        return Purpose.PRETRAINED  # it had a momentum encoder
     if step == PRETRAINING_STEP:
         return Purpose.PRETRAINED
     return Purpose.FINE_TUNED if step in STEPS_AFTER_FIRST_LAYER or step in STEPS_AFTER_BACKBONE else Purpose.UNKNOWN
@@ -131,4 +136,8 @@ def _evidence(checkpoint: SimclrCheckpoint, fitting: list[int], purpose: Purpose
         return ClassifierPlace(1, f"step {step}: fine-tuned with {STEPS_AFTER_FIRST_LAYER[step]} of the labels")
     if step in STEPS_AFTER_BACKBONE:
         return ClassifierPlace(0, f"step {step}: {STEPS_AFTER_BACKBONE[step]}")
+    for folder in reversed(checkpoint.files.prefix.absolute().parts[-4:-1]):
+        for pattern, after in NAMES_AFTER.items():
+            if re.search(pattern, folder.lower()):
+                return ClassifierPlace(after, f"the folder is called {folder}", is_guess=True)
     return ClassifierPlace(0, "the official default; nothing in the file tells", is_guess=True)

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
-from bench.science.arms import ARMS, SETTINGS, Arms
+from bench.science.arms import ARMS, IMAGE_SIZE, SETTINGS, Arms
 from bench.science.stages import Stages
 from bench.science.table import write_table
 from distill.config import digest_of
@@ -40,13 +41,20 @@ def main() -> None:
 @click.option("--images", type=click.Path(exists=True, path_type=Path), required=True, help="What bench.science.datasets wrote.")
 @click.option("--cache", type=click.Path(path_type=Path), default=Path("runs/science"), show_default=True)
 @click.option("--seeds", type=int, multiple=True, default=(0,), show_default=True, help="Give it several times for several seeds.")
+@click.option("--arm", "only", help="Only the arms whose name holds these words.", default="")
+@click.option(
+    "--threads", type=int, default=0, help="Threads of torch; 1 where the cores are shared with something else. 0: as many as cores."
+)
 @click.option("--minutes", type=float, default=120, show_default=True, help="No arm is begun after this time.")
-def run(dataset: str, images: Path, cache: Path, seeds: tuple[int, ...], minutes: float) -> None:
+def run(dataset: str, images: Path, cache: Path, seeds: tuple[int, ...], only: str, threads: int, minutes: float) -> None:
     """Train what is missing; every finished arm is written to results/DATASET.json at once."""
+    torch.set_num_threads(threads or torch.get_num_threads())
     started = time.monotonic()
     path = RESULTS / f"{dataset}.json"
     kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"cells": []}
     for seed, fraction, arm, arms in _cells(dataset, images, cache / dataset, seeds):
+        if only not in arm:
+            continue
         if time.monotonic() - started > 60 * minutes:
             console.print(f"stopped after {duration(time.monotonic() - started)}; the same command goes on")
             break
@@ -66,9 +74,7 @@ def _cells(dataset: str, images: Path, cache: Path, seeds: tuple[int, ...]) -> I
         return ImagesSettings(path=str(images / f"{part}-*.tar"))
 
     train = shards("train")
-    data = DataSettings(
-        unlabelled=train, labelled=train, test=shards("test"), image_size=setting.image_size, crop_ratio=1.0, window_shards=100
-    )
+    data = DataSettings(unlabelled=train, labelled=train, test=shards("test"), image_size=IMAGE_SIZE, crop_ratio=1.0, window_shards=100)
     data = data.replace(class_names=list(class_names_of(data)))
     digest = open_unlabelled(data).digest()
     for seed in seeds:

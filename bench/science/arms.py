@@ -15,16 +15,18 @@ from distill.optimizer_settings import OptimizerSettings
 from student_trainer.settings import StudentSettings, TrainSettings
 from teacher_trainer.settings import FinetuneSettings, PretrainSettings
 
-TEACHER = NetworkSettings(depth=18, width_multiplier=0.5, stem="cifar")
-STUDENT = NetworkSettings(depth=10, width_multiplier=0.25, stem="cifar")
-BIG_BATCH = 256
+TEACHER = NetworkSettings(depth=18, width_multiplier=0.25, stem="cifar")
+STUDENT = NetworkSettings(depth=10, width_multiplier=0.125, stem="cifar")
+IMAGE_SIZE = 32
+"""Fashion-MNIST, 28 pixels wide, is enlarged to it."""
 
 
 @dataclass(frozen=True)
 class Setting:
     """How one image set is trained on."""
 
-    image_size: int
+    num_images: int
+    """Unlabelled images; the labelled ones are among them."""
     pretrain: PretrainSettings
     finetune: dict[float, FinetuneSettings]
     """Label fraction -> fine-tuning of the pretrained teacher."""
@@ -44,20 +46,20 @@ def _supervised(epochs: int, rate: float, min_area: float, decay: float = 5e-4) 
     return FinetuneSettings(num_head_layers=0, epochs=epochs, global_batch=64, min_area=min_area, optimizer=_sgd(rate, decay))
 
 
-def _finetune(epochs: int, rate: float, min_area: float) -> FinetuneSettings:
-    return FinetuneSettings(num_head_layers=1, epochs=epochs, global_batch=64, min_area=min_area, optimizer=_sgd(rate, 1e-4))
+def _finetune(epochs: int, rate: float, min_area: float, decay: float) -> FinetuneSettings:
+    return FinetuneSettings(num_head_layers=1, epochs=epochs, global_batch=64, min_area=min_area, optimizer=_sgd(rate, decay))
 
 
 def _pretrain(epochs: int, temperature: float, min_area: float) -> PretrainSettings:
     return PretrainSettings(
         network=TEACHER,
         epochs=epochs,
-        global_batch=BIG_BATCH,
+        global_batch=256,
         contrastive_temperature=temperature,
         min_area=min_area,
         jitter_strength=0.5,
         blur_probability=0.0,
-        optimizer=OptimizerSettings(name="adamw", learning_rate=0.002, weight_decay=1e-4),
+        optimizer=OptimizerSettings(name="adamw", learning_rate=0.005, weight_decay=1e-4),
     )
 
 
@@ -67,18 +69,18 @@ LINEAR = FinetuneSettings(
 
 SETTINGS = {
     "fashion": Setting(
-        image_size=32,
+        num_images=12_000,
         pretrain=_pretrain(epochs=30, temperature=0.2, min_area=0.3),
-        finetune={0.01: _finetune(60, 0.02, 0.5), 0.1: _finetune(30, 0.02, 0.5)},
+        finetune={0.01: _finetune(100, 0.02, 0.5, 1e-4), 0.1: _finetune(60, 0.1, 0.5, 5e-4)},
         supervised={0.01: _supervised(300, 0.1, 0.5), 0.1: _supervised(60, 0.1, 0.5)},
         distill_epochs=30,
         self_distill_epochs=20,
         min_area=0.5,
     ),
     "cifar10": Setting(
-        image_size=32,
-        pretrain=_pretrain(epochs=40, temperature=0.2, min_area=0.2),
-        finetune={0.01: _finetune(60, 0.02, 0.3), 0.1: _finetune(30, 0.02, 0.3)},
+        num_images=20_000,
+        pretrain=_pretrain(epochs=40, temperature=0.2, min_area=0.3),
+        finetune={0.01: _finetune(100, 0.02, 0.3, 1e-4), 0.1: _finetune(60, 0.1, 0.3, 5e-4)},
         supervised={0.01: _supervised(300, 0.1, 0.3), 0.1: _supervised(60, 0.1, 0.3)},
         distill_epochs=30,
         self_distill_epochs=20,
@@ -169,8 +171,8 @@ class Arms:
         served = self.stages.serve(self._self_distilled(), student="self-distilled")
         train = self._training(images, alpha)
         if images == "labelled":  # as many steps as with all images
-            steps = train.epochs * (NUM_IMAGES // train.global_batch)
-            labelled = round(NUM_IMAGES * self.fraction)
+            steps = train.epochs * (self.setting.num_images // train.global_batch)
+            labelled = round(self.setting.num_images * self.fraction)
             train = train.replace(epochs=round(steps / max(1, labelled // min(train.global_batch, labelled))))
         return self.stages.distill(served, train, self.fraction).result["scores"]["small"]
 
@@ -181,7 +183,6 @@ class Arms:
 
 VIEWS = 10
 """Different crops of each image in distillation; later epochs read the labels of the first ten."""
-NUM_IMAGES = 20_000
 
 ARMS: dict[str, Callable[[Arms], Result]] = {
     "teacher, supervised only": Arms.teacher_supervised,

@@ -25,7 +25,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-NUM_TRAIN, NUM_VALIDATION = 20_000, 10_000
+NUM_TRAIN = {"fashion": 12_000, "cifar10": 20_000}
+NUM_VALIDATION = 10_000
 RECORDS_PER_SHARD = 1000
 FASHION_CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -110,8 +111,8 @@ def main(name: str, source: Path, folder: Path) -> None:
     train, train_labels, test, test_labels = read_fashion(source) if name == "fashion" else read_cifar(source)
     folder.mkdir(parents=True, exist_ok=True)
     order = shuffled_by_class(train_labels, name)
-    write_shards(folder, "train", train, train_labels, order[:NUM_TRAIN])
-    write_shards(folder, "validation", train, train_labels, order[NUM_TRAIN : NUM_TRAIN + NUM_VALIDATION])
+    write_shards(folder, "train", train, train_labels, order[: NUM_TRAIN[name]])
+    write_shards(folder, "validation", train, train_labels, order[NUM_TRAIN[name] : NUM_TRAIN[name] + NUM_VALIDATION])
     write_shards(folder, "test", test, test_labels, list(range(len(test))))
     (folder / "class_names.txt").write_text("\n".join(FASHION_CLASSES if name == "fashion" else CIFAR_CLASSES) + "\n")
 

@@ -300,6 +300,7 @@ class TensorFlow:
     network: type[Official] = Official
     tf2_tensors: Callable[..., Tensors] = tf2_tensors
     saved_model_tensors: Callable[..., Tensors] = saved_model_tensors
+    object_graph: Callable[..., bytes] = object_graph
     graph_def: Callable[..., bytes] = graph_def
     proto: Callable[..., bytes] = proto
 

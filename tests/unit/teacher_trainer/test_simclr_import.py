@@ -318,6 +318,23 @@ def test_a_guess_is_called_one(tf: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("folder", "after"),
+    [
+        ("finetuned_1pct/r50_1x_sk0", 1),
+        ("finetuned_10pct/r50_1x_sk0", 1),
+        ("finetuned_100pct/r50_1x_sk0", 0),
+        ("supervised/r50_1x_sk0", 0),
+        ("runs/tf2_r18_ft1", 1),
+        ("draft1/r50", 0),
+    ],
+)
+def test_the_names_of_the_published_folders_are_a_better_guess(tf: Any, tmp_path: Path, folder: str, after: int) -> None:
+    (tmp_path / folder).mkdir(parents=True)
+    tf.write_bundle(tmp_path / folder / "model.ckpt-999", tf.network(depth=18).tf1() | {"global_step": np.array(999)})
+    assert place_of(tmp_path / folder, tmp_path) == ("fine-tuned", after, True)
+
+
+@pytest.mark.parametrize(
     ("trained", "expected"),
     [
         (lambda path: "linear_layers/1" not in path and "linear_layers/2" not in path, ("fine-tuned", 1, False)),
@@ -330,6 +347,32 @@ def test_a_guess_is_called_one(tf: Any, tmp_path: Path) -> None:
 def test_tf2_slots_tell_what_was_trained(tf: Any, tmp_path: Path, trained: Callable[[str], bool], expected: tuple[str, int, bool]) -> None:
     tf.write_bundle(tmp_path / "ckpt-3754", tf.tf2_tensors(tf.network(depth=18), step=3754, slots=trained))
     assert place_of(tmp_path / "ckpt-3754", tmp_path) == expected
+
+
+def test_slots_in_which_nothing_has_arrived(tf: Any, tmp_path: Path) -> None:
+    official = tf.network(depth=18)
+    tensors, names, keys = tf.tf2_tensors(official), {}, {}
+    trained = [one for one in official.variables if "moving" not in one.path]
+    for number, one in enumerate(trained):  # Keras since 2.11: slots of everything, in one list, told apart by their full names
+        path = f"optimizer/_variables/{number}"
+        arrived = "nl_1" not in one.full_name and "nl_2" not in one.full_name
+        tensors[f"{path}/.ATTRIBUTES/VARIABLE_VALUE"] = np.full_like(one.value, 0.1 if arrived else 0)
+        names[path], keys[path] = f"SGD/m/{one.full_name}", f"{path}/.ATTRIBUTES/VARIABLE_VALUE"
+    for one in official.variables:
+        names[one.path], keys[one.path] = one.full_name, f"{one.path}/.ATTRIBUTES/VARIABLE_VALUE"
+    tensors["_CHECKPOINTABLE_OBJECT_GRAPH"] = tf.object_graph(keys, names)
+    tf.write_bundle(tmp_path / "ckpt-2", tensors)
+    assert place_of(tmp_path / "ckpt-2", tmp_path) == ("fine-tuned", 1, False)
+
+
+def test_averages_do_not_make_it_pretraining(tf: Any, tmp_path: Path) -> None:
+    tensors = tf.network(depth=18).tf1()
+    averages = {f"{name}/ExponentialMovingAverage": value for name, value in tensors.items()}
+    slots = with_slots(tensors, lambda name: "head_contrastive" not in name)
+    tf.write_bundle(tmp_path / "m", averages | slots | {"global_step": np.array(751)})
+    assert place_of(tmp_path / "m", tmp_path) == ("fine-tuned", 1, False)
+    tf.write_bundle(tmp_path / "m", tensors | {f"ema_model/{name}": value for name, value in tensors.items()})
+    assert place_of(tmp_path / "m", tmp_path) == ("pretrained", 0, False)
 
 
 def test_flags_of_the_run_tell(tf: Any, tmp_path: Path) -> None:
