@@ -31,15 +31,17 @@ class Stage:
 
     Args:
         run_dir: the run's folder.
-        name: folder of the stage, which is also the verb that makes it.
+        name: folder of the stage.
         settings: everything that its result depends on, plain data.
         inputs: digest of each input (earlier stages, image sets).
+        verb: the verb that makes it; by default it has the stage's name.
     """
 
     run_dir: Path
     name: str
     settings: dict[str, Any]
     inputs: dict[str, str]
+    verb: str = ""
 
     @property
     def folder(self) -> Path:
@@ -65,12 +67,12 @@ class Stage:
         result = self.result()
         if result is not None:
             return result
-        record = _read(self.folder / RECORD)
+        record, verb = _read(self.folder / RECORD), self.verb or self.name
         if record is None:
-            raise StageMissing(f"{self.folder} is not finished; run `distill {self.name}` with this run file first")
+            raise StageMissing(f"{self.folder} is not finished; run `distill {verb}` with this run file first")
         raise StageMissing(
             f"{self.folder} was made with other settings ({difference(record, self._record({}))});"
-            f" run `distill {self.name}` again with these, or give the same overrides"
+            f" run `distill {verb}` again with these, or give the same overrides"
         )
 
     def begin(self) -> Path:

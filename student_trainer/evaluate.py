@@ -37,11 +37,7 @@ def evaluate_all(
         SourceError: test images without labels.
     """
     test = open_labelled(data.test, data)
-    teacher_NK, labels_N = asyncio.run(_ask_teacher(teacher, data, rejections))
-    if (labels_N == UNLABELLED).any():
-        raise SourceError(
-            f"{data.test.path}: {int((labels_N == UNLABELLED).sum())} test images have no label; evaluation needs all of them"
-        )
+    teacher_NK, labels_N = _ask(teacher, data, rejections)
 
     def judge(folder: Path) -> dict[str, Any]:
         network = load_classifier(folder).network
@@ -57,6 +53,24 @@ def evaluate_all(
         "students": {name: judge(folder) for name, folder in students.items()},
         "controls": {name: judge(folder) for name, folder in controls.items()},
     }
+
+
+def evaluate_teacher(teacher: TeacherAddress, data: DataSettings, rejections: RejectionLog) -> dict[str, Any]:
+    """`scores` of a served teacher alone: plain data.
+
+    Raises:
+        SourceError: test images without labels.
+    """
+    return {"scores": score(*_ask(teacher, data, rejections)).model_dump()}
+
+
+def _ask(teacher: TeacherAddress, data: DataSettings, rejections: RejectionLog) -> tuple[FloatArray, IntArray]:
+    logits_NK, labels_N = asyncio.run(_ask_teacher(teacher, data, rejections))
+    if (labels_N == UNLABELLED).any():
+        raise SourceError(
+            f"{data.test.path}: {int((labels_N == UNLABELLED).sum())} test images have no label; evaluation needs all of them"
+        )
+    return logits_NK, labels_N
 
 
 async def _ask_teacher(address: TeacherAddress, data: DataSettings, rejections: RejectionLog) -> tuple[FloatArray, IntArray]:

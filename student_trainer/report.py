@@ -91,8 +91,8 @@ def _summary(gathered: dict[str, Any]) -> str:
 
 def _rows(evaluation: dict[str, Any]) -> list[dict[str, str]]:
     rows = [_row("teacher", evaluation["teacher"])]
-    if "finetuned" in evaluation:
-        rows = [_row("teacher, fine-tuned", evaluation["finetuned"]), _row("teacher, self-distilled", evaluation["teacher"])]
+    if "first_teacher" in evaluation:
+        rows = [_row("first teacher", evaluation["first_teacher"]), _row("teacher, self-distilled", evaluation["teacher"])]
     for name, entry in evaluation["students"].items():
         rows.append(_row(f"{name}, distilled", entry))
         if name in evaluation["controls"]:

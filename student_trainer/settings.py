@@ -18,7 +18,7 @@ class StoreSettings(Section):
     """Where soft labels are kept and how exactly."""
 
     path: str | None = None
-    """Folder of the store. Default: inside the run folder, one for each teacher, crop recipe and image set."""
+    """Folder of the stores; there is one in it for each teacher, crop recipe and image set. Default: `store` in the run folder."""
     max_tv: float = Field(default=0.02, gt=0, lt=1)
     """Largest total-variation error that a kept label may have at the temperatures below, and at any other that it is read at."""
     temperatures: list[float] = Field(default_factory=lambda: [1.0], min_length=1)
@@ -107,9 +107,12 @@ class SelfDistillSettings(DistillSettings):
     temperature: float = Field(default=0.1, gt=0, le=100)
     """Distillation temperature of both networks; the paper's for self-distillation."""
     network: NetworkSettings | None = None
-    """The network. Default: the teacher's; it has no layer of the projection head, as in the paper."""
+    """The network. Default: the teacher's backbone."""
     initial_weights: str = "random"
     """What it starts from; see `train.students.initial_weights`."""
+    num_head_layers: int = Field(default=0, ge=0, le=3)
+    """Layers of the projection head under its classifier; none, as in the paper, unless it starts from weights that have them, such as
+    `finetuned`."""
     optimizer: OptimizerSettings = OptimizerSettings()
     """Its optimiser and schedule."""
 
@@ -117,11 +120,12 @@ class SelfDistillSettings(DistillSettings):
         """As the training of one student, without a control.
 
         Args:
-            network: that of the teacher.
+            network: `network`, or the teacher's where that is None.
         """
         student = StudentSettings(
             name=SELF_DISTILLED,
-            network=self.network or network,
+            network=network,
+            num_head_layers=self.num_head_layers,
             initial_weights=self.initial_weights,
             optimizer=self.optimizer,
         )

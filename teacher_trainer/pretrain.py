@@ -69,8 +69,6 @@ def pretrain_worker(config: dict[str, Any], worker: Worker) -> None:
         SourceError, TooManyRejected: see `open_unlabelled` and `CropLoader`.
     """
     job = PretrainJob.model_validate(config)
-    if job.num_threads and worker.device.type == "cpu":
-        torch.set_num_threads(job.num_threads)
     with RejectionLog(Path(job.rejected_path), job.data.max_rejected_share) as rejections:
         _Pretraining(job, open_unlabelled(job.data), worker, rejections).run()
 

@@ -20,8 +20,6 @@ class PretrainJob(Section):
     """Seed of weights, plan, crops and distortions."""
     rejected_path: str
     """Where unusable images are listed."""
-    num_threads: int = 0
-    """Threads that torch uses in each worker on a CPU; 0 leaves what is set."""
 
 
 def check_job(settings: PretrainSettings, source: Source, world: int) -> None:
@@ -44,7 +42,7 @@ def check_job(settings: PretrainSettings, source: Source, world: int) -> None:
 
 
 def identity_of(job: PretrainJob, source: Source) -> str:
-    """Names everything that the weights depend on, and nothing else: more threads or another interval of saving must not start afresh."""
+    """Names everything that the weights depend on, and nothing else: another interval of saving must not start afresh."""
     without_effect = {"checkpoint_every_s", "checkpoint_blocks"}
     return digest_of(
         {

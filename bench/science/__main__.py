@@ -52,7 +52,7 @@ def run(dataset: str, images: Path, cache: Path, seeds: tuple[int, ...], only: s
     started = time.monotonic()
     path = RESULTS / f"{dataset}.json"
     kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"cells": []}
-    for seed, fraction, arm, arms in _cells(dataset, images, cache / dataset, seeds):
+    for seed, fraction, arm, arms in _cells(dataset, images, cache / dataset, seeds, threads):
         if only not in arm:
             continue
         if time.monotonic() - started > 60 * minutes:
@@ -67,7 +67,7 @@ def run(dataset: str, images: Path, cache: Path, seeds: tuple[int, ...], only: s
         console.print(f"[bold]{arm}[/bold], {fraction:.0%} of the labels, seed {seed}: top-1 {scores['top1']:.2%}")
 
 
-def _cells(dataset: str, images: Path, cache: Path, seeds: tuple[int, ...]) -> Iterator[tuple[int, float, str, Arms]]:
+def _cells(dataset: str, images: Path, cache: Path, seeds: tuple[int, ...], threads: int) -> Iterator[tuple[int, float, str, Arms]]:
     setting = SETTINGS[dataset]
 
     def shards(part: str) -> ImagesSettings:
@@ -78,7 +78,7 @@ def _cells(dataset: str, images: Path, cache: Path, seeds: tuple[int, ...]) -> I
     data = data.replace(class_names=list(class_names_of(data)))
     digest = open_unlabelled(data).digest()
     for seed in seeds:
-        stages = Stages(cache, data, digest, seed)
+        stages = Stages(cache, data, digest, seed, threads)
         for fraction in FRACTIONS:
             for arm in ARMS:
                 yield seed, fraction, arm, Arms(setting, stages, fraction)

@@ -70,7 +70,7 @@ LINEAR = FinetuneSettings(
 SETTINGS = {
     "fashion": Setting(
         num_images=12_000,
-        pretrain=_pretrain(epochs=30, temperature=0.2, min_area=0.3),
+        pretrain=_pretrain(epochs=30, temperature=0.2, min_area=0.4),
         finetune={0.01: _finetune(100, 0.02, 0.5, 1e-4), 0.1: _finetune(60, 0.1, 0.5, 5e-4)},
         supervised={0.01: _supervised(300, 0.1, 0.5), 0.1: _supervised(60, 0.1, 0.5)},
         distill_epochs=30,

@@ -55,10 +55,11 @@ class Stages:
         cache: folder that holds one folder a stage.
         data: the images; `label_fraction` is set anew for each stage.
         images_digest: names the shards (`bench.science.datasets` makes the same bytes each time).
+        threads: of the embedded teacher; 0 for as many as cores.
     """
 
-    def __init__(self, cache: Path, data: DataSettings, images_digest: str, seed: int) -> None:
-        self.cache, self.data, self.images, self.seed = cache, data, images_digest, seed
+    def __init__(self, cache: Path, data: DataSettings, images_digest: str, seed: int, threads: int = 0) -> None:
+        self.cache, self.data, self.images, self.seed, self.threads = cache, data, images_digest, seed, threads
 
     def pretrain(self, settings: PretrainSettings) -> Made:
         """Stage 1."""
@@ -120,7 +121,9 @@ class Stages:
                 class_names=tuple(self.data.class_names or ()),
                 rejected_path=str(folder / "rejected.jsonl"),
                 store=StoreSettings(max_tv=0.02, temperatures=[settings.temperature]),
-                teacher=TeacherAddress(model="teacher", repository=str((teacher.folder / "repository").absolute())),
+                teacher=TeacherAddress(
+                    model="teacher", repository=str((teacher.folder / "repository").absolute()), num_threads=self.threads
+                ),
             )
             identity = StoreIdentity(
                 fingerprint=teacher.result["fingerprint"],

@@ -78,17 +78,11 @@ def result_table(gathered: dict[str, Any]) -> Table:
     table = Table(title="on the test images")
     for heading in ("network", "parameters", "top-1", "ECE", "agrees with teacher", "KL to teacher"):
         table.add_column(heading, justify="left" if heading == "network" else "right")
-    if "finetuned" in scores:
-        before = scores["finetuned"]["scores"]
-        table.add_row("teacher, fine-tuned", "", f"{before['top1']:.1%}", f"{before['ece']:.3f}", "", "")
-    table.add_row(
-        "teacher, self-distilled" if "finetuned" in scores else "teacher",
-        "",
-        f"{scores['teacher']['scores']['top1']:.1%}",
-        f"{scores['teacher']['scores']['ece']:.3f}",
-        "",
-        "",
-    )
+    teachers = {"teacher": scores["teacher"]}
+    if "first_teacher" in scores:
+        teachers = {"first teacher": scores["first_teacher"], "teacher, self-distilled": scores["teacher"]}
+    for title, entry in teachers.items():
+        table.add_row(title, "", f"{entry['scores']['top1']:.1%}", f"{entry['scores']['ece']:.3f}", "", "")
     for group, title in (("students", "distilled"), ("controls", "labels only")):
         for name, entry in scores[group].items():
             near = entry["to_teacher"]

@@ -13,21 +13,25 @@ from typing import Any, Literal
 from distill.checkpoint import MANIFEST, file_sha256, read_manifest
 from distill.cli.run_file import RunFile
 from distill.cli.teacher_import import teacher_digest
-from distill.config import digest_of
+from distill.config import digest_of, validate
 from distill.errors import CheckpointError, ConfigError, StageMissing
 from distill.image_sets import class_names_of, open_labelled, open_unlabelled
 from distill.models.saved_classifier import read_card
 from distill.models.settings import NetworkSettings
 from distill.rejections import RejectionLog
+from distill.sources import read_ids
 from distill.stages import Stage, plain, prepare_run_dir
 from export.settings import TeacherExportSettings
 from student_trainer.job import TrainJob
-from student_trainer.settings import TrainSettings
+from student_trainer.settings import SELF_DISTILLED, TrainSettings
 from student_trainer.store import StoreIdentity
 from teacher_server.address import TeacherAddress
 
 NO_EFFECT = {"requests_in_flight": 1, "teacher_patience_s": 1, "checkpoint_every_steps": 1, "num_evaluations": 1, "control": True}
 """Settings of training that change how it is done and not what comes out; their values here name the stage."""
+
+NO_EFFECT_ON_CONTROL = {"alpha": 1, "labelled_batch": None, "num_views": 1, "temperature": 1, "scale_by_temperature_squared": False}
+"""And those that only steer what is learnt from a teacher."""
 
 
 class Run:
@@ -78,9 +82,10 @@ class Run:
 
     @cached_property
     def _labels(self) -> dict[str, Any]:
-        """Which labels may be used."""
+        """Which labels may be used, and which class each of them is."""
         data = self.file.data
-        return {"label_fraction": data.label_fraction, "labelled_ids": file_sha256(Path(data.labelled_ids)) if data.labelled_ids else None}
+        ids = digest_of(sorted(read_ids(Path(data.labelled_ids)))) if data.labelled_ids else None
+        return {"label_fraction": data.label_fraction, "labelled_ids": ids, "class_names": list(self.class_names)}
 
     @property
     def pretrain(self) -> Stage:
@@ -110,7 +115,12 @@ class Run:
         """
         if self.file.import_ is None:
             raise ConfigError("the run file has no `import` section; see docs/run_file.md")
-        settings = {"import": plain(self.file.import_), "crops": self._crops, "teacher": plain(self.file.teacher)}
+        settings = {
+            "import": plain(self.file.import_),
+            "crops": self._crops,
+            "teacher": plain(self.file.teacher),
+            "class_names": list(self.class_names),
+        }
         return Stage(self.folder, "import", settings, {"file": teacher_digest(self.file.import_)})
 
     @property
@@ -138,7 +148,7 @@ class Run:
     def second_teacher(self) -> Stage:
         """The self-distilled teacher, exported."""
         settings = {"teacher": plain(self.second_name)}
-        return Stage(self.folder, "export-self-distilled", settings, {"self-distill": self.self_distill.digest})
+        return Stage(self.folder, "export-self-distilled", settings, {"self-distill": self.self_distill.digest}, verb="self-distill")
 
     @property
     def teacher(self) -> Stage:
@@ -152,8 +162,13 @@ class Run:
 
     @property
     def second_name(self) -> TeacherExportSettings:
-        """The export of the self-distilled teacher: like the first one's, under a name of its own."""
-        return self.file.teacher.replace(name=f"{self.file.teacher.name}-self-distilled")
+        """The export of the self-distilled teacher: like the first one's, under a name of its own.
+
+        Raises:
+            ConfigError: the first one's name is so long that this one is too long.
+        """
+        renamed = {**plain(self.file.teacher), "name": f"{self.file.teacher.name}-{SELF_DISTILLED}"}
+        return validate(TeacherExportSettings, renamed, origin="the self-distilled teacher")
 
     @cached_property
     def self_training(self) -> TrainSettings:
@@ -174,8 +189,8 @@ class Run:
         return NetworkSettings.model_validate(read_manifest(self.pretrained)["network"])
 
     def _teacher_network(self) -> NetworkSettings:
-        if self.file.import_ is None:
-            return self.file.pretrain.network
+        if self.origin.name == "finetune":
+            return self.backbone
         try:
             return read_card(self.origin.folder / "checkpoint").network
         except CheckpointError as error:
@@ -189,9 +204,12 @@ class Run:
     def _labelled(self, train: TrainSettings) -> dict[str, str]:
         """The labelled images and the checkpoints as inputs of training, where it uses them."""
         inputs = {"labelled": digest_of([self.images("labelled"), self._labels])} if train.alpha < 1 or train.images == "labelled" else {}
-        for student, folder in self.initial_checkpoints(train).items():
-            inputs[f"initial weights of {student}"] = file_sha256(Path(folder) / MANIFEST)
-        return inputs
+        return {**inputs, **self._initial_weights(train)}
+
+    def _initial_weights(self, train: TrainSettings) -> dict[str, str]:
+        """The checkpoints that students start from, as inputs of training."""
+        folders = self.initial_checkpoints(train)
+        return {f"initial weights of {student}": file_sha256(Path(folder) / MANIFEST) for student, folder in folders.items()}
 
     def initial_checkpoints(self, train: TrainSettings) -> dict[str, str]:
         """Student -> folder of the checkpoint that it starts from.
@@ -230,8 +248,16 @@ class Run:
     @property
     def control(self) -> Stage:
         """The students trained on labels alone."""
-        settings = {**self._labels, **self.train.settings}
-        return Stage(self.folder, "control", settings, {"images": self.images("labelled"), "unlabelled": self.images("unlabelled")})
+        train = self.file.train
+        settings = {
+            "train": plain(train.replace(**NO_EFFECT, **NO_EFFECT_ON_CONTROL)),
+            "crops": self._crops,
+            "num_workers": self.file.ray.num_workers,
+            **self._labels,
+        }
+        # As many steps as distillation makes: the number of its images counts.
+        inputs = {"images": self.images("labelled"), "unlabelled": self.images("unlabelled"), **self._initial_weights(train)}
+        return Stage(self.folder, "control", settings, inputs, verb="evaluate")
 
     @property
     def evaluate(self) -> Stage:
@@ -286,7 +312,7 @@ class Run:
             seed=self.file.seed,
             images=job.open_images().digest(),
         )
-        folder = Path(self.file.store.path) if self.file.store.path else self.folder / "store" / identity.digest()[:16]
+        folder = (Path(self.file.store.path) if self.file.store.path else self.folder / "store") / identity.digest()[:16]
         return job.replace(teacher=address, store_folder=str(folder.absolute()), store_identity=identity)
 
     @property

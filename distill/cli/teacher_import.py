@@ -127,7 +127,8 @@ def teacher_digest(settings: ImportSettings) -> str:
         found = sorted(p for p in checkpoint.prefix.parent.iterdir() if p.name.startswith(f"{checkpoint.prefix.name}."))
         found += [checkpoint.graph] if checkpoint.graph else []
     else:
-        said = (path / MANIFEST, path / "checkpoint" / MANIFEST, path / "model.onnx")  # a manifest holds the sha256 of all beside it
+        folders = (path, path / PLACES["classifier"], path / PLACES["pretrained"])
+        said = (*(folder / MANIFEST for folder in folders), path / PLACES["teacher"])  # a manifest holds the sha256 of all beside it
         found = [path] if path.is_file() else [file for file in said if file.is_file()][:1]
     if not found:
         raise ConfigError(f"import.path {path} does not exist, or is a folder without a checkpoint or model.onnx")
@@ -205,7 +206,7 @@ def _simclr(settings: ImportSettings, folder: Path, class_names: Sequence[str] |
 
 def _pretrained_in(path: Path) -> Path | None:
     """Folder of the pretrained checkpoint that `path` names: that folder, a stage of another run, or what `distill import simclr` made."""
-    for folder in (path, path / "checkpoint", path / PLACES["pretrained"]):
+    for folder in (path, path / PLACES["classifier"], path / PLACES["pretrained"]):
         if (folder / MANIFEST).is_file():
             return folder if read_manifest(folder).get("kind") == "pretrained" else None
     return None

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distill.cli.run import Run
+from distill.errors import ConfigError
 from distill.progress import console
 from distill.stages import Stage
 from export.settings import TeacherExportSettings
@@ -54,8 +55,15 @@ def pretrain(run: Run) -> Result:
 
 
 def finetune(run: Run) -> Result:
-    """Stage 2."""
+    """Stage 2.
+
+    Raises:
+        StageMissing: there is no pretrained network yet.
+        ConfigError: the import brought none.
+    """
     (run.imported if run.file.import_ else run.pretrain).require()
+    if run.file.import_ and not run.pretrained.is_dir():
+        raise ConfigError(f"{run.imported.folder} brought no pretrained network to fine-tune; go on with `distill export-teacher`")
 
     def work(folder: Path) -> Result:
         from distill.checkpoint import keep_weights
@@ -252,16 +260,17 @@ def evaluate(run: Run, teacher: TeacherAddress) -> Result:
         train_control(run)
 
     def work(folder: Path) -> Result:
-        from student_trainer.evaluate import evaluate_all
+        from student_trainer.evaluate import evaluate_all, evaluate_teacher
 
         rejections = run.rejections()
         names = [student.name for student in run.file.train.students]
         students = {name: run.train.folder / "students" / name for name in names}
         controls = {name: run.control.folder / "students" / name for name in names} if run.file.train.control else {}
         result = evaluate_all(teacher, students, controls, run.file.data, rejections)
+        if run.file.self_distill:
+            with _serving(run, run.file.teacher.name) as first:
+                result["first_teacher"] = evaluate_teacher(first.address, run.file.data, rejections)
         rejections.close()
-        if run.file.self_distill and run.origin.name == "finetune":
-            result["finetuned"] = {"scores": run.finetune.require()["scores"]}
         return result
 
     return _once(run.evaluate, work)

@@ -74,7 +74,7 @@ def labelled_subset(labels: Mapping[str, int], fraction: float, seed: int, class
 
 
 def listed_subset(labels: Mapping[str, int], path: Path, class_names: Sequence[str] | None = None) -> list[str]:
-    """The ids that a text file lists, one a line; empty lines and those that begin with `#` say nothing, and twice is once.
+    """The ids that a text file lists, each once; see `read_ids`.
 
     Args:
         labels: image_id -> class id of the whole set.
@@ -87,11 +87,7 @@ def listed_subset(labels: Mapping[str, int], path: Path, class_names: Sequence[s
     Raises:
         SourceError: no such file, ids that are not in the set (the first few are named), or a class of the set left without an image.
     """
-    try:
-        lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError as error:
-        raise SourceError(f"the list of labelled images {path} cannot be read: {error.strerror}") from error
-    listed = {line.strip() for line in lines if line.strip() and not line.startswith("#")}
+    listed = read_ids(path)
     unknown = sorted(listed - labels.keys())
     if unknown:
         first, more = ", ".join(map(repr, unknown[:3])), ", ..." if len(unknown) > 3 else ""
@@ -104,6 +100,19 @@ def listed_subset(labels: Mapping[str, int], path: Path, class_names: Sequence[s
         names = ", ".join(_name(label, class_names) for label in empty[:3]) + (", ..." if len(empty) > 3 else "")
         raise SourceError(f"{path} lists no image of {names}; list at least one of every class")
     return sorted(listed)
+
+
+def read_ids(path: Path) -> set[str]:
+    """The ids that a text file lists, one a line; empty lines and those that begin with `#` say nothing.
+
+    Raises:
+        SourceError: no such file.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError as error:
+        raise SourceError(f"the list of labelled images {path} cannot be read: {error.strerror}") from error
+    return {line.strip() for line in lines if line.strip() and not line.startswith("#")}
 
 
 def _ids_of_class(labels: Mapping[str, int]) -> dict[int, list[str]]:

@@ -112,7 +112,7 @@ def test_kill_9_of_the_driver_loses_and_doubles_no_label(prepared: Line, tmp_pat
 
 def test_kill_9_of_the_worker_changes_no_weight(prepared: Line, undisturbed: Line, tmp_path: Path, wait_until: Callable[..., Any]) -> None:
     (store,) = undisturbed.folder.glob("store/*")
-    line = prepared.copy(tmp_path / "run", f"store.path={store}")
+    line = prepared.copy(tmp_path / "run", f"store.path={store.parent}")
     before = (store / "manifest.jsonl").read_bytes()
     process = line.start("train")
     wait_until(lambda: len(checkpoints(line)) >= 2, process)

@@ -316,11 +316,12 @@ class TestDigest:
         with pytest.raises(ConfigError, match="without a checkpoint"):
             teacher_digest(settings)
         digests = set()
-        (tmp_path / "checkpoint").mkdir()
-        for text in ("{}", "{ }"):
-            (tmp_path / "checkpoint" / "manifest.json").write_text(text)
-            digests.add(teacher_digest(settings))
-        assert len(digests) == 2
+        for place in ("pretrained", "checkpoint"):  # a classifier goes before a backbone: that is what is taken
+            (tmp_path / place).mkdir()
+            for text in (f'{{"{place}": 1}}', f'{{"{place}": 2}}'):
+                (tmp_path / place / "manifest.json").write_text(text)
+                digests.add(teacher_digest(settings))
+        assert len(digests) == 4
 
     def test_simclr_by_all_its_files(self, tmp_path: Path) -> None:
         settings = ImportSettings(kind="simclr", path=str(tmp_path / "model.ckpt-7"))

@@ -46,7 +46,8 @@ class TestRunFile:
         file = read_run_file(path, [])
         assert file.train.students
         for images in (file.data.unlabelled, file.data.labelled, file.data.test):
-            assert "://" in images.path or list(ROOT.glob(images.path)), f"{path.name}: nothing at {images.path}"
+            if images.path.startswith("data/"):  # what ships with the project; other images are the reader's to bring
+                assert list(ROOT.glob(images.path)), f"{path.name}: nothing at {images.path}"
 
     def test_there_are_recipes(self) -> None:
         assert ROOT / "recipes" / "quickstart.yaml" in RECIPES
@@ -75,7 +76,7 @@ class TestRunFile:
             ("import.tim_name=x", "import.tim_name: unknown key; did you mean 'timm_name'?"),
             (
                 "pretrain.global_batch=1",
-                "pretrain.global_batch: Value error, a batch of one image has no negatives; give at least 2 (given: 1)",
+                "pretrain.global_batch: a batch of one image has no negatives; give at least 2 (given: 1)",
             ),
             ("train.students.0.network.depth=17", "depth is one of 10, 14, 18, 26, 34, 50, 101, 152, 200 (given: 17)"),
             ("train.students.0.name=a/b", "(given: 'a/b')"),

@@ -136,6 +136,14 @@ def test_the_page_says_the_runs_numbers(tmp_path: Path, gathered: dict[str, Any]
     assert page.tags.count("svg") == 6
 
 
+def test_both_teachers_of_a_chain_are_in_the_table(tmp_path: Path, gathered: dict[str, Any]) -> None:
+    assert "self-distilled" not in write_report(tmp_path, gathered).read_text()
+    first = {"scores": {**gathered["stages"]["evaluate"]["teacher"]["scores"], "top1": 0.1234}}
+    gathered["stages"]["evaluate"]["first_teacher"] = first
+    words = " ".join(Page(write_report(tmp_path, gathered).read_text()).text)
+    assert words.index("first teacher") < words.index("12.3%") < words.index("teacher, self-distilled")
+
+
 def test_names_from_outside_stay_text(tmp_path: Path, gathered: dict[str, Any]) -> None:
     page = Page(write_report(tmp_path, gathered).read_text(encoding="utf-8"))
     assert "script" not in page.tags

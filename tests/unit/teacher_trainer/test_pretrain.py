@@ -181,9 +181,8 @@ class TestResume:
         [
             {"settings": SETTINGS.replace(checkpoint_every_s=7.0)},
             {"settings": SETTINGS.replace(checkpoint_blocks=True)},
-            {"num_threads": 1},
         ],
-        ids=["interval", "checkpointed blocks", "threads"],
+        ids=["interval", "checkpointed blocks"],
     )
     def test_what_does_not_matter_does_not_start_afresh(
         self, images: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any]
