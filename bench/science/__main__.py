@@ -21,7 +21,6 @@ import torch
 from bench.science.arms import ARMS, IMAGE_SIZE, SETTINGS, Arms
 from bench.science.stages import Stages
 from bench.science.table import write_table
-from distill.config import digest_of
 from distill.data_settings import DataSettings, ImagesSettings
 from distill.image_sets import class_names_of, open_unlabelled
 from distill.progress import console, duration
@@ -90,7 +89,6 @@ def _described(dataset: str) -> dict[str, Any]:
         "pretrain": setting.pretrain.model_dump(mode="json"),
         "finetune": {f"{fraction:g}": s.model_dump(mode="json") for fraction, s in setting.finetune.items()},
         "supervised": {f"{fraction:g}": s.model_dump(mode="json") for fraction, s in setting.supervised.items()},
-        "digest": digest_of({"setting": str(setting)}),
     }
 
 

@@ -1,7 +1,6 @@
 """What is compared, and with which settings: one `Setting` for each image set, and the arms that are trained on it.
 
-Settings were chosen on the validation images, never on the test images, and for the supervised arms as carefully as for the others:
-README.md beside this file says what was tried.
+README.md beside this file says how the settings were found, and which were not searched for.
 """
 
 from __future__ import annotations

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from distill.cluster.worker import LocalWorker, Row
 from distill.data_settings import DataSettings
 from distill.evaluation import evaluate_on, evaluation_batches, network_logits
@@ -158,7 +156,7 @@ class Stages:
         with RejectionLog(classifier.parent / "rejected-test.jsonl", 0.01) as rejections:
             logits_NK, labels_N = evaluate_on(network_logits(network), open_labelled(self.data.test, self.data), self.data, rejections)
         scores = score(logits_NK, labels_N).model_dump(exclude={"reliability"})
-        scores["num_parameters"] = int(np.sum([parameter.numel() for parameter in network.parameters()]))
+        scores["num_parameters"] = sum(parameter.numel() for parameter in network.parameters())
         return scores
 
 
