@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -18,17 +19,8 @@ from distill.errors import ConfigError
 CPU = torch.device("cpu")
 
 
-def small_network() -> nn.Sequential:
-    """The one of two_workers.py."""
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3),
-        nn.BatchNorm2d(4),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(4 * 4, 5),
-        nn.BatchNorm1d(5, momentum=0.3),
-        nn.Linear(5, 2),
-    )
+SCRIPT = Path(__file__).with_name("two_workers.py")
+small_network = runpy.run_path(str(SCRIPT))["small_network"]
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +33,8 @@ def two_workers(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any
     weights["0.bias"] += 30  # far from 0 for its spread: E[x^2] - E[x]^2 in float32 would be off by more than the tolerance
     task = {"weights": weights, "parts": parts, "targets": [torch.randn(len(part), 2) for part in parts]}
     torch.save(task, folder / "task.pt")
-    script = Path(__file__).with_name("two_workers.py")
     made = subprocess.run(
-        [sys.executable, "-W", "error", str(script), str(folder)], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-W", "error", str(SCRIPT), str(folder)], capture_output=True, text=True, timeout=120, check=False
     )
     assert made.returncode == 0, made.stderr
     return task, [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]

@@ -2,22 +2,20 @@
 
     python two_workers.py FOLDER
 
-FOLDER holds task.pt (see `Task`), and gets rank-0.pt and rank-1.pt. One program forks the second worker, so that torch is imported once.
+FOLDER holds task.pt (see `Task`), and gets rank-0.pt and rank-1.pt.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TypedDict
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from distill.cluster.ddp import sync_batch_norm, wrap
-from distill.cluster.worker import LocalWorker
+from distill.cluster.forked import ForkedWorker, run_forked
 
 WORLD = 2
 
@@ -46,20 +44,9 @@ def small_network() -> nn.Sequential:
     )
 
 
-class GlooWorker(LocalWorker):
-    """One of two processes."""
-
-    world = WORLD
-
-    def __init__(self, folder: Path, rank: int) -> None:
-        super().__init__(folder, device=torch.device("cpu"))
-        self.rank = rank
-
-
-def work(folder: Path, rank: int) -> None:
+def work(worker: ForkedWorker) -> None:
     """Two training steps' worth of forward and backward passes, then one in evaluation mode."""
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=WORLD)
-    worker = GlooWorker(folder, rank)
+    folder, rank = worker.folder, worker.rank
     task: Task = torch.load(folder / "task.pt", weights_only=True)
     network = small_network()
     network.load_state_dict(task["weights"])
@@ -76,20 +63,7 @@ def work(folder: Path, rank: int) -> None:
     assert images.grad is not None
     found = {"results": [r.detach() for r in results], "gradients": gradients, "images": images.grad / WORLD, "state": network.state_dict()}
     torch.save({**found, "evaluated": network.eval()(images).detach()}, folder / f"rank-{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def main(folder: Path) -> int:
-    """Both workers; the exit code is the worse one."""
-    torch.set_num_threads(1)
-    child = os.fork()
-    if child == 0:
-        work(folder, 1)
-        os._exit(0)
-    work(folder, 0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(run_forked(Path(sys.argv[1]), work, WORLD))

@@ -1,29 +1,27 @@
-"""Run by test_pretrain_workers.py: two processes, joined by gloo, that pretrain together; before that, one of them does the same alone.
+"""Run by test_pretrain_workers.py: two processes, joined by gloo, that pretrain together; after that, one of them does the same alone.
 
     python pretraining_workers.py FOLDER
 
 FOLDER holds tasks.json, a list of `Task`. Of a step are left gradients-NAME-alone.pt and gradients-NAME-RANK.pt; of a whole pretraining
-the folders NAME-alone, NAME-together, and NAME-cut: killed before its third step and started again. One program forks the second worker,
-so that torch is imported once.
+the folders NAME-alone, NAME-together, and NAME-cut: killed before its third step and started again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from distill.cluster.ddp import sync_batch_norm, wrap
-from distill.cluster.worker import LocalWorker
+from distill.cluster.forked import ForkedWorker, run_forked
 from distill.loader import CropBatch
 from distill.models.projection_head import unit_length
 from teacher_trainer import pretrain
@@ -31,7 +29,6 @@ from teacher_trainer.contrastive import BatchParts
 from teacher_trainer.contrastive_step import ContrastiveStep, Views
 from teacher_trainer.settings import PretrainSettings
 
-WORLD = 2
 IMAGES = 7  # 4 and 3: what a rejected image leaves of a batch of 8
 
 
@@ -43,25 +40,6 @@ class Task(TypedDict):
     batch_norm: bool
     queue: int
     job: dict[str, Any] | None
-
-
-class Member(LocalWorker):
-    """One of `world` processes; worker 0 keeps the checkpoint."""
-
-    def __init__(self, folder: Path, rank: int, world: int) -> None:
-        super().__init__(folder, device=torch.device("cpu"))
-        self.rank, self.world = rank, world
-
-    def checkpoint(self, write: Callable[[Path], None]) -> None:
-        """See `Worker`."""
-        if self.rank == 0:
-            super().checkpoint(write)
-        self.barrier()
-
-    def barrier(self) -> None:
-        """See `Worker`."""
-        if self.world > 1:
-            dist.barrier()
 
 
 class SmallNetwork(nn.Module):
@@ -78,7 +56,7 @@ class SmallNetwork(nn.Module):
         return self.layers(images_BCHW)
 
 
-def gradients_of(task: Task, worker: Member) -> dict[str, Any]:
+def gradients_of(task: Task, worker: ForkedWorker) -> dict[str, Any]:
     """Loss, accuracy, entropy, gradients and running statistics after one step on this worker's part of the images."""
     settings = PretrainSettings.model_validate(task["settings"])
     random = np.random.default_rng(0)
@@ -101,8 +79,9 @@ class Killed(Exception):
     """All workers die here."""
 
 
-def killed_before(step: int, config: dict[str, Any], worker: Member) -> None:
-    """Pretrain until `step`, counted from 1."""
+@contextlib.contextmanager
+def dying_before(step: int) -> Iterator[None]:
+    """Pretraining raises `Killed` before it takes `step`, counted from 1."""
     taken = 0
     take = pretrain._Pretraining.take
 
@@ -115,8 +94,7 @@ def killed_before(step: int, config: dict[str, Any], worker: Member) -> None:
 
     pretrain._Pretraining.take = step_or_death  # type: ignore[method-assign]
     try:
-        with contextlib.suppress(Killed):
-            pretrain.pretrain_worker(config, worker)
+        yield
     finally:
         pretrain._Pretraining.take = take  # type: ignore[method-assign]
 
@@ -124,41 +102,35 @@ def killed_before(step: int, config: dict[str, Any], worker: Member) -> None:
 def work_alone(folder: Path, tasks: list[Task]) -> None:
     """All tasks in one worker that has all the images."""
     for task in tasks:
-        worker = Member(folder / f"{task['name']}-alone", 0, 1)
+        worker = ForkedWorker(folder / f"{task['name']}-alone", 0, 1)
         if task["job"] is None:
             torch.save(gradients_of(task, worker), folder / f"gradients-{task['name']}-alone.pt")
         else:
             pretrain.pretrain_worker(task["job"], worker)
 
 
-def work_together(folder: Path, rank: int, tasks: list[Task]) -> None:
+def work_together(tasks: list[Task], worker: ForkedWorker) -> None:
     """All tasks in one of two workers."""
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=WORLD)
+    folder, rank = worker.folder, worker.rank
     for task in tasks:
-        worker = Member(folder / f"{task['name']}-together", rank, WORLD)
+        worker.folder = folder / f"{task['name']}-together"
         if task["job"] is None:
             torch.save(gradients_of(task, worker), folder / f"gradients-{task['name']}-{rank}.pt")
             continue
         pretrain.pretrain_worker(task["job"], worker)
         worker.folder = folder / f"{task['name']}-cut"
-        killed_before(3, task["job"], worker)
+        with contextlib.suppress(Killed), dying_before(3):
+            pretrain.pretrain_worker(task["job"], worker)
         worker.barrier()
         pretrain.pretrain_worker(task["job"], worker)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def main(folder: Path) -> int:
     """One worker, then both; the exit code is the worse one."""
-    torch.set_num_threads(1)
     tasks: list[Task] = json.loads((folder / "tasks.json").read_text())
-    child = os.fork()
-    if child == 0:
-        work_together(folder, 1, tasks)
-        os._exit(0)
+    code = run_forked(folder, partial(work_together, tasks))
     work_alone(folder, tasks)
-    work_together(folder, 0, tasks)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return code
 
 
 if __name__ == "__main__":

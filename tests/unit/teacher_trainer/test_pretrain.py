@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,8 @@ MICRO = SETTINGS.replace(micro_batch=3, checkpoint_blocks=True)
 """3 does not divide the batch."""
 
 
-class Killed(Exception):
-    """The process dies here."""
-
+WORKERS = runpy.run_path(str(Path(__file__).with_name("pretraining_workers.py")))
+Killed, dying_before = WORKERS["Killed"], WORKERS["dying_before"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -76,26 +76,9 @@ def run(images: Path, folder: Path, settings: PretrainSettings = SETTINGS, seed:
     return pretrain_result(folder / "checkpoint")
 
 
-def dying_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process dies before it takes step `step`, counted from 1."""
-    taken = 0
-    take = module._Pretraining.take
-
-    def step_or_death(self: Any, batch: CropBatch, parts: BatchParts) -> Any:
-        nonlocal taken
-        taken += 1
-        if taken == step:
-            raise Killed
-        return take(self, batch, parts)
-
-    monkeypatch.setattr(module._Pretraining, "take", step_or_death)
-
-
-def killed_run(step: int, monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> None:
-    with monkeypatch.context() as patch:
-        dying_at(step, patch)
-        with pytest.raises(Killed):
-            run(*arguments)
+def killed_run(step: int, *arguments: Any) -> None:
+    with dying_before(step), pytest.raises(Killed):
+        run(*arguments)
 
 
 def weights_in(folder: Path) -> dict[str, torch.Tensor]:
@@ -135,12 +118,10 @@ def straight(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 class TestResume:
     @pytest.mark.parametrize(("killed_at", "every_s"), [(2, 1e-9), (3, 1e-9), (4, 1e-9), (4, 1e9)])
-    def test_two_and_two_are_four(
-        self, images: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int, every_s: float
-    ) -> None:
+    def test_two_and_two_are_four(self, images: Path, straight: Path, tmp_path: Path, killed_at: int, every_s: float) -> None:
         """Whether the last checkpoint is of the step before, or there is none yet."""
         settings = SETTINGS.replace(checkpoint_every_s=every_s)
-        killed_run(killed_at, monkeypatch, images, tmp_path, settings)
+        killed_run(killed_at, images, tmp_path, settings)
         assert (tmp_path / "checkpoint").exists() == (every_s < 1)
         result = run(images, tmp_path, settings)
         assert result["steps"] == 4
@@ -158,22 +139,18 @@ class TestResume:
         ],
         ids=["adamw", "lars", "bf16", "memory", "micro", "micro and memory"],
     )
-    def test_whatever_the_settings(
-        self, images: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: PretrainSettings
-    ) -> None:
+    def test_whatever_the_settings(self, images: Path, straight: Path, tmp_path: Path, settings: PretrainSettings) -> None:
         run(images, tmp_path / "straight", settings)
-        killed_run(3, monkeypatch, images, tmp_path / "cut", settings)
+        killed_run(3, images, tmp_path / "cut", settings)
         assert load_checkpoint(tmp_path / "cut" / "checkpoint").manifest["step"] == 2
         run(images, tmp_path / "cut", settings)
         assert same_checkpoint(tmp_path / "cut", tmp_path / "straight")
         assert not same_checkpoint(tmp_path / "cut", straight)
 
-    def test_a_finished_one_is_not_trained_again(
-        self, images: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_finished_one_is_not_trained_again(self, images: Path, straight: Path, tmp_path: Path) -> None:
         first = run(images, tmp_path)
-        dying_at(1, monkeypatch)
-        assert run(images, tmp_path) == first
+        with dying_before(1):
+            assert run(images, tmp_path) == first
         assert same_checkpoint(tmp_path, straight)
 
     @pytest.mark.parametrize(
@@ -185,11 +162,10 @@ class TestResume:
         ids=["interval", "checkpointed blocks"],
     )
     def test_what_does_not_matter_does_not_start_afresh(
-        self, images: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any]
+        self, images: Path, straight: Path, tmp_path: Path, changed: dict[str, Any]
     ) -> None:
-        killed_run(4, monkeypatch, images, tmp_path)
-        with monkeypatch.context() as patch:
-            dying_at(2, patch)  # one step is left; a second would be one too many
+        killed_run(4, images, tmp_path)
+        with dying_before(2):  # one step is left; a second would be one too many
             run(images, tmp_path, **changed)
         found, expected = weights_in(tmp_path), weights_in(straight)
         for name, tensor in expected.items():
@@ -202,10 +178,8 @@ class TestResume:
         assert [row["step"] for row in curve_of(tmp_path)] == [1, 2, 3, 4]
         assert not same_checkpoint(tmp_path, straight)
 
-    def test_a_damaged_checkpoint_starts_afresh(
-        self, images: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        killed_run(3, monkeypatch, images, tmp_path)
+    def test_a_damaged_checkpoint_starts_afresh(self, images: Path, straight: Path, tmp_path: Path) -> None:
+        killed_run(3, images, tmp_path)
         path = tmp_path / "checkpoint" / "weights.safetensors"
         path.write_bytes(path.read_bytes()[:-100])
         run(images, tmp_path)
@@ -230,7 +204,7 @@ class TestTraining:
     def test_tells_how_far_it_is(self, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "POST_EVERY_S", 0.0)
         rows: list[Row] = []
-        killed_run(3, monkeypatch, images, tmp_path)
+        killed_run(3, images, tmp_path)
         pretrain_worker(job_of(images, tmp_path).model_dump(mode="json"), LocalWorker(tmp_path, rows.append, torch.device("cpu")))
         steps = [row for row in rows if row["kind"] == "step"]
         assert [(row["step"], row["of"], row["images"]) for row in steps] == [(step, 4, 8) for step in (2, 3, 4)]
