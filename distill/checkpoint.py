@@ -26,6 +26,9 @@ WEIGHTS = "weights.safetensors"
 STATE = "state.pt"
 MANIFEST = "manifest.json"
 
+PRETRAINED = "pretrained"
+"""`kind` in the manifest of a checkpoint of stage 1: `network` there names the backbone, the weights are `backbone.*` and `head.*`."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:

@@ -72,10 +72,15 @@ def open_labelled_subset(data: DataSettings, seed: int) -> Source:
         SourceError: labels missing, one class only, or a class left without an image; ids listed that are not there.
     """
     source = open_labelled(data.labelled, data)
+    return ChosenImages(source, choose_labelled(source, data, seed))
+
+
+def choose_labelled(source: Source, data: DataSettings, seed: int) -> list[str]:
+    """Ids of the labelled images of `source` that the run may use. Raises as `open_labelled_subset`."""
     labels = scan_labels(source)
     if data.labelled_ids is not None:
-        return ChosenImages(source, listed_subset(labels, Path(data.labelled_ids), source.class_names))
-    return ChosenImages(source, labelled_subset(labels, data.label_fraction, seed, source.class_names))
+        return listed_subset(labels, Path(data.labelled_ids), source.class_names)
+    return labelled_subset(labels, data.label_fraction, seed, source.class_names)
 
 
 def class_names_of(data: DataSettings) -> tuple[str, ...]:

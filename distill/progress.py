@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
@@ -73,13 +73,48 @@ class ProgressLine:
         return f"{self.rate:.0f} {self.unit}/s, {duration(left_s)} left" + (f", {self._note}" if self._note else "")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close(failed=error is not None)
+
+    def close(self, failed: bool) -> None:
+        """Take the live bar away and say what was done, unless it failed."""
         if self._live is not None:
             self._live.stop()
-        if error is None and self.done > self._skipped:
+        if not failed and self.done > self._skipped:
             took = duration(time.monotonic() - self._started)
             console.print(
                 f"  {self.title}: {self.done} {self.unit} in {took}, {self.rate:.0f}/s" + (f", {self._note}" if self._note else "")
             )
+
+
+class RowLine:
+    """A progress line fed with the rows of a worker group (`distill.cluster.worker.Row`); it appears with the first `step` row, which says
+    where the work goes on."""
+
+    def __init__(self, title: str, unit: str = "images") -> None:
+        self._title = title
+        self._unit = unit
+        self._line: ProgressLine | None = None
+
+    def show(self, row: dict[str, Any]) -> None:
+        """Move on, if the row says how far the work is."""
+        if row["kind"] == "step":
+            self._line = self._line or self._start(row)
+            self._line.update(row["step"] * row["images"] - self._line.done, row["note"])
+        elif row["kind"] == "silence" and self._line is not None:
+            self._line.update(0, f"the teacher has been silent for {duration(row['seconds'])}; it is asked again and again")
+
+    def close(self, failed: bool) -> None:
+        """The work ended: all of it is done, unless it failed."""
+        if self._line is not None:
+            if not failed:
+                self._line.update(self._line.total - self._line.done)
+            self._line.close(failed)
+
+    def _start(self, row: dict[str, Any]) -> ProgressLine:
+        line = ProgressLine(self._title, row["of"] * row["images"], self._unit)
+        line.__enter__()
+        line.skip(row["step"] * row["images"])
+        return line
 
 
 def duration(seconds: float) -> str:

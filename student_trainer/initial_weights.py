@@ -11,16 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
-from distill.checkpoint import Checkpoint, load_checkpoint, load_weights
+from distill.checkpoint import PRETRAINED, Checkpoint, load_checkpoint, load_weights
 from distill.config import validate
 from distill.errors import CheckpointError
 from distill.models.classifier import Classifier
 from distill.models.saved_classifier import CLASSIFIER, ClassifierCard
 from distill.models.settings import NetworkSettings
 from student_trainer.settings import StudentSettings
-
-PRETRAINED = "pretrained"
-"""`kind` in the manifest of a checkpoint of stage 1: `network` there names the backbone, the weights are `backbone.*` and `head.*`."""
 
 
 def load_initial_weights(network: Classifier, settings: StudentSettings, class_names: tuple[str, ...], folder: Path) -> None:

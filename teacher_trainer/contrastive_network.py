@@ -20,9 +20,6 @@ from distill.models.projection_head import ProjectionHead
 from distill.models.resnet import ResNet
 from teacher_trainer.settings import PretrainSettings
 
-PRETRAINED = "pretrained"
-"""`kind` in the manifest of a pretrained checkpoint."""
-
 
 class ContrastiveNetwork(nn.Module):
     """Normalisation, backbone and projection head; what pretraining trains and its checkpoint holds."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from distill.checkpoint import load_checkpoint, load_weights
+from distill.checkpoint import PRETRAINED, load_checkpoint, load_weights
 from distill.cluster.worker import Worker
 from distill.config import Section
 from distill.data_settings import DataSettings
@@ -23,7 +23,6 @@ from distill.models.saved_classifier import ClassifierCard
 from distill.models.settings import NetworkSettings
 from distill.rejections import RejectionLog
 from distill.teacher_info import Preprocessing
-from teacher_trainer.contrastive_network import PRETRAINED
 from teacher_trainer.settings import FinetuneSettings
 from teacher_trainer.supervised import train_supervised
 

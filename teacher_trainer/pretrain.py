@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.checkpoint import load_checkpoint, load_weights, read_manifest, save_checkpoint
+from distill.checkpoint import PRETRAINED, load_checkpoint, load_weights, read_manifest, save_checkpoint
 from distill.cluster.ddp import sum_over_workers, sync_batch_norm, wrap
 from distill.cluster.worker import Worker
 from distill.crops import CropRecipe
@@ -28,13 +28,11 @@ from distill.optimizers import apply_step, build_optimizer
 from distill.rejections import RejectionLog
 from distill.sources import Source
 from teacher_trainer.contrastive import BatchParts, ContrastiveOutcome
-from teacher_trainer.contrastive_network import PRETRAINED, ContrastiveNetwork
+from teacher_trainer.contrastive_network import ContrastiveNetwork
 from teacher_trainer.contrastive_step import ContrastiveStep, Views
 from teacher_trainer.curve import METRICS, Curve
 from teacher_trainer.memory import NegativeMemory
 from teacher_trainer.pretrain_job import PretrainJob, check_job, identity_of
-
-__all__ = ["PRETRAINED", "ContrastiveNetwork", "PretrainJob", "pretrain_result", "pretrain_worker"]
 
 logger = logging.getLogger(__name__)
 

@@ -26,12 +26,17 @@ def check_job(settings: PretrainSettings, source: Source, world: int) -> None:
     """Refuse what cannot be done with these images and workers.
 
     Raises:
-        ConfigError: a part of the batch for each worker that is less than one image, or a queue in which an image would meet itself.
+        ConfigError: a part of the batch for each worker that is less than one image, a batch larger than the images, or a queue in which an
+            image would meet itself.
     """
     if settings.global_batch < world:
         raise ConfigError(
             f"pretrain.global_batch {settings.global_batch} gives {world} workers less than 1 image each;"
             f" make it at least {world} or ray.num_workers smaller"
+        )
+    if settings.global_batch > source.num_images:
+        raise ConfigError(
+            f"pretrain.global_batch {settings.global_batch} is larger than the {source.num_images} images there are; make it smaller"
         )
     num_views = 2 * source.num_images
     if settings.memory and settings.memory.size > num_views:

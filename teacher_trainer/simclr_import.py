@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from distill.checkpoint import save_checkpoint
+from distill.checkpoint import PRETRAINED, save_checkpoint
 from distill.config import validate
 from distill.errors import CheckpointError, ConfigError
 from distill.models.classifier import build_classifier, check_image_size
@@ -24,7 +24,6 @@ from distill.models.resnet import Stem
 from distill.models.saved_classifier import ClassifierCard, save_classifier
 from distill.models.settings import NetworkSettings
 from distill.teacher_info import Preprocessing
-from teacher_trainer.pretrain import PRETRAINED
 from teacher_trainer.simclr_checkpoint import SimclrCheckpoint, open_simclr
 from teacher_trainer.simclr_classifier import ClassifierPlace, Purpose, find_purpose, place_classifier
 from teacher_trainer.simclr_names import AVERAGES, SimclrFormat

@@ -7,7 +7,8 @@ They are the product's own stages, run in this process (`LocalWorker`, the teach
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from distill.image_sets import open_labelled, open_unlabelled
 from distill.label_metrics import score
 from distill.models.saved_classifier import load_classifier
 from distill.models.settings import NetworkSettings
-from distill.progress import ProgressLine, console
+from distill.progress import RowLine, console
 from distill.rejections import RejectionLog
 from distill.stages import Stage, plain
 from export.settings import TeacherExportSettings
@@ -31,7 +32,8 @@ from student_trainer.train import keep_students
 from student_trainer.worker import train_worker
 from teacher_server.address import TeacherAddress
 from teacher_trainer.finetune import FinetuneJob, finetune_worker
-from teacher_trainer.pretrain import PretrainJob, pretrain_result, pretrain_worker
+from teacher_trainer.pretrain import pretrain_result, pretrain_worker
+from teacher_trainer.pretrain_job import PretrainJob
 from teacher_trainer.settings import FinetuneSettings, PretrainSettings
 
 Result = dict[str, Any]
@@ -64,7 +66,7 @@ class Stages:
 
         def work(folder: Path) -> Result:
             job = PretrainJob(data=self.data.absolute(), pretrain=settings, seed=self.seed, rejected_path=str(folder / "rejected.jsonl"))
-            with _Shown("pretrain") as show:
+            with _shown("pretrain") as show:
                 pretrain_worker(job.model_dump(mode="json"), LocalWorker(folder, show))
             return pretrain_result(folder / "checkpoint")
 
@@ -83,7 +85,7 @@ class Stages:
                 class_names=tuple(self.data.class_names or ()),
                 rejected_path=str(folder / "rejected.jsonl"),
             )
-            with _Shown("classify") as show:
+            with _shown("classify") as show:
                 finetune_worker(job.model_dump(mode="json"), LocalWorker(folder, show))
             return {"scores": self._scores(folder / "checkpoint")}
 
@@ -132,7 +134,7 @@ class Stages:
             )
             store = teacher.folder / "store" / f"{identity.digest()[:16]}-{settings.temperature:g}"
             job = job.replace(store_identity=identity, store_folder=str(store.absolute()))
-            with _Shown("distill") as show:
+            with _shown("distill") as show:
                 train_worker(job.model_dump(mode="json"), LocalWorker(folder, show))
             progress = keep_students(folder / "checkpoint" / "students", job, folder)
             scores = {student.name: self._scores(folder / "students" / student.name) for student in settings.students}
@@ -160,25 +162,12 @@ class Stages:
         return scores
 
 
-class _Shown:
-    """A progress line fed by a worker's rows."""
-
-    def __init__(self, title: str) -> None:
-        self._line = ProgressLine(title, total=0)
-
-    def __enter__(self) -> Callable[[Row], None]:
-        self._line.__enter__()
-        return self._show
-
-    def _show(self, row: Row) -> None:
-        if row["kind"] != "step":
-            return
-        done = row["step"] * row["images"]
-        if self._line.total:
-            self._line.update(done - self._line.done, row["note"])
-        else:
-            self._line.total = row["of"] * row["images"]
-            self._line.skip(done)
-
-    def __exit__(self, *error: Any) -> None:
-        self._line.__exit__(*error)
+@contextmanager
+def _shown(title: str) -> Iterator[Callable[[Row], None]]:
+    """A progress line for a worker's rows."""
+    line, failed = RowLine(title), True
+    try:
+        yield line.show
+        failed = False
+    finally:
+        line.close(failed)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
-from distill.checkpoint import MANIFEST, WEIGHTS, file_sha256, keep_weights, read_manifest
+from distill.checkpoint import MANIFEST, PRETRAINED, WEIGHTS, file_sha256, keep_weights, read_manifest
 from distill.class_lists import repeated
 from distill.config import digest_of, validate
 from distill.errors import ConfigError, ParityError
@@ -208,7 +208,7 @@ def _pretrained_in(path: Path) -> Path | None:
     """Folder of the pretrained checkpoint that `path` names: that folder, a stage of another run, or what `distill import simclr` made."""
     for folder in (path, path / PLACES["classifier"], path / PLACES["pretrained"]):
         if (folder / MANIFEST).is_file():
-            return folder if read_manifest(folder).get("kind") == "pretrained" else None
+            return folder if read_manifest(folder).get("kind") == PRETRAINED else None
     return None
 
 

@@ -27,12 +27,17 @@ from teacher_server.address import TeacherAddress
 Result = dict[str, Any]
 
 
-def _once(stage: Stage, work: Callable[[Path], Result]) -> Result:
-    """The stage's result: the kept one, or what `work` makes in the stage's folder."""
+def _once(stage: Stage, work: Callable[[Path], Result], check: Callable[[], object] = lambda: None) -> Result:
+    """The stage's result: the kept one, or what `work` makes in the stage's folder.
+
+    Args:
+        check: refuses bad input; called before anything is moved aside and before a worker is started.
+    """
     kept = stage.result()
     if kept is not None:
         console.print(f"[bold]{stage.name}[/bold]: done before with these settings, reused ({stage.folder})")
         return kept
+    check()
     console.print(f"[bold]{stage.name}[/bold] -> {stage.folder}")
     return stage.finish(work(stage.begin()))
 
@@ -43,7 +48,8 @@ def pretrain(run: Run) -> Result:
     def work(folder: Path) -> Result:
         from distill.checkpoint import keep_weights
         from distill.cluster.group import run_workers
-        from teacher_trainer.pretrain import PretrainJob, pretrain_result, pretrain_worker
+        from teacher_trainer.pretrain import pretrain_result, pretrain_worker
+        from teacher_trainer.pretrain_job import PretrainJob
 
         file = run.file
         job = PretrainJob(data=file.data.absolute(), pretrain=file.pretrain, seed=file.seed, rejected_path=run.rejected_path)
@@ -51,7 +57,13 @@ def pretrain(run: Run) -> Result:
             keep_weights(final, folder / "checkpoint")
         return pretrain_result(folder / "checkpoint")
 
-    return _once(run.pretrain, work)
+    def check() -> None:
+        from distill.image_sets import open_unlabelled
+        from teacher_trainer.pretrain_job import check_job
+
+        check_job(run.file.pretrain, open_unlabelled(run.file.data), run.file.ray.num_workers)
+
+    return _once(run.pretrain, work, check)
 
 
 def finetune(run: Run) -> Result:
@@ -91,7 +103,12 @@ def finetune(run: Run) -> Result:
         )
         return result
 
-    return _once(run.finetune, work)
+    def check() -> None:
+        from distill.image_sets import choose_labelled, open_labelled
+
+        choose_labelled(open_labelled(run.file.data.labelled, run.file.data), run.file.data, run.file.seed)
+
+    return _once(run.finetune, work, check)
 
 
 def import_teacher(run: Run) -> Result:

@@ -28,7 +28,7 @@ from distill.cluster.session import ray_session
 from distill.cluster.settings import RaySettings
 from distill.cluster.worker import Row, Worker
 from distill.errors import DistillError
-from distill.progress import ProgressLine, console, duration
+from distill.progress import RowLine, console
 
 WATCH_EVERY_S = 0.5
 
@@ -162,9 +162,7 @@ class _Watch:
     def __init__(self, board: BoardHandle, title: str, unit: str, journal: Path) -> None:
         self._board = board
         self._journal = journal
-        self._title = title
-        self._unit = unit
-        self._line: ProgressLine | None = None
+        self._line = RowLine(title, unit)
         self._stop = threading.Event()
         self._failed = False
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
@@ -184,33 +182,17 @@ class _Watch:
                 last_look = self._stop.is_set()
                 for row in self._rows():
                     journal.write(json.dumps(row) + "\n")
-                    self._show(row)
+                    self._line.show(row)
                 if last_look:
                     break
                 self._stop.wait(WATCH_EVERY_S)
-        if self._line is not None:
-            if not self._failed:
-                self._line.update(self._line.total - self._line.done)
-            self._line.__exit__(None, DistillError("stopped") if self._failed else None, None)
+        self._line.close(self._failed)
 
     def _rows(self) -> list[Row]:
         try:
             return ray.get(self._board.take.remote())
         except ray.exceptions.RayError:
             return []  # the cluster is going down; `fit` says why
-
-    def _show(self, row: Row) -> None:
-        if row["kind"] == "step":
-            self._line = self._line or self._start_line(row)
-            self._line.update(row["step"] * row["images"] - self._line.done, row["note"])
-        elif row["kind"] == "silence" and self._line is not None:
-            self._line.update(0, f"the teacher has been silent for {duration(row['seconds'])}; it is asked again and again")
-
-    def _start_line(self, row: Row) -> ProgressLine:
-        line = ProgressLine(self._title, row["of"] * row["images"], self._unit)
-        line.__enter__()
-        line.skip(row["step"] * row["images"])
-        return line
 
 
 def _last_line(error: BaseException) -> str:

@@ -20,7 +20,7 @@ from distill.cli.quickstart import result_table
 from distill.cli.run import Run
 from distill.cli.run_file import RunFile
 from distill.config import validate, with_overrides
-from distill.errors import ConfigError, SourceError, StageMissing
+from distill.errors import ConfigError, DistillError, SourceError, StageMissing
 from distill.models.settings import NetworkSettings
 from distill.stages import Stage
 from teacher_server.address import TeacherAddress
@@ -251,3 +251,22 @@ def test_the_table_names_both_teachers() -> None:
     alone = {"teacher": scores, "students": {}, "controls": {}}
     for evaluation, names in ((alone, ["teacher"]), ({**alone, "first_teacher": scores}, ["first teacher", "teacher, self-distilled"])):
         assert list(result_table({"stages": {"evaluate": evaluation}}).columns[0].cells) == names
+
+
+@pytest.mark.parametrize(
+    ("verb", "override", "said"),
+    [
+        ("pretrain", "pretrain.global_batch=9", "pretrain.global_batch 9 is larger than the 8 images"),
+        ("finetune", "data.label_fraction=0.01", "fraction 0.01 of the 4 images of class"),
+    ],
+)
+def test_bad_input_is_refused_before_what_is_finished_moves(tree: dict[str, Any], verb: str, override: str, said: str) -> None:
+    good = run_of(tree, "pretrain.global_batch=4")
+    finish(good.pretrain)
+    finish(good.finetune)
+    kept = good.folder / verb / "stage.json"
+    before = kept.read_bytes()
+    with pytest.raises(DistillError, match=said):
+        getattr(verbs, verb)(run_of(tree, "pretrain.global_batch=4", override))
+    assert kept.read_bytes() == before
+    assert not (good.folder / "old").exists()

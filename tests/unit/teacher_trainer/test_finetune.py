@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from distill.checkpoint import load_checkpoint, save_checkpoint
+from distill.checkpoint import PRETRAINED, load_checkpoint, save_checkpoint
 from distill.cluster.worker import LocalWorker, Row
 from distill.data_settings import DataSettings
 from distill.errors import CheckpointError, ConfigError
@@ -29,7 +29,6 @@ from distill.optimizers import take_step
 from distill.rejections import RejectionLog
 from distill.sources import open_source
 from teacher_trainer import supervised as module
-from teacher_trainer.contrastive_network import PRETRAINED
 from teacher_trainer.finetune import FinetuneJob, classifier_from_pretrained, finetune_worker
 from teacher_trainer.settings import FinetuneSettings
 from teacher_trainer.supervised import batch_that_fits, train_supervised

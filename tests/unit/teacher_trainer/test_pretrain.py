@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from distill.checkpoint import load_checkpoint
+from distill.checkpoint import PRETRAINED, load_checkpoint
 from distill.cluster.worker import LocalWorker, Row
 from distill.data_settings import DataSettings
 from distill.errors import ConfigError
@@ -19,8 +19,9 @@ from distill.image_sets import open_unlabelled
 from distill.loader import CropBatch
 from teacher_trainer import pretrain as module
 from teacher_trainer.contrastive import BatchParts
-from teacher_trainer.pretrain import PRETRAINED, ContrastiveNetwork, PretrainJob, pretrain_result, pretrain_worker
-from teacher_trainer.pretrain_job import check_job
+from teacher_trainer.contrastive_network import ContrastiveNetwork
+from teacher_trainer.pretrain import pretrain_result, pretrain_worker
+from teacher_trainer.pretrain_job import PretrainJob, check_job
 from teacher_trainer.settings import PretrainSettings
 
 SETTINGS = PretrainSettings.model_validate(
