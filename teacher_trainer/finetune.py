@@ -92,11 +92,12 @@ def classifier_from_pretrained(
 
     Raises:
         CheckpointError: no pretrained checkpoint there, or of another network.
-        ConfigError: more head layers asked for than lie below the last one.
+        ConfigError: more head layers asked for than lie below the last one, or pixels normalised in another way than in pretraining.
     """
     found = load_checkpoint(checkpoint)
     if found.manifest.get("kind") != PRETRAINED:
         raise CheckpointError(f"{checkpoint} holds a {found.manifest.get('kind')!r} checkpoint, not a pretrained one")
+    _require_same_pixels(found.manifest, preprocessing, checkpoint)
     layers = {name.split(".")[2] for name in found.weights if name.startswith("head.layers.")}
     if num_head_layers >= len(layers):
         raise ConfigError(
@@ -110,3 +111,13 @@ def classifier_from_pretrained(
         weights = {name.removeprefix(prefix): tensor for name, tensor in found.weights.items() if name.startswith(prefix)}
         load_weights(part, weights, str(checkpoint))
     return classifier
+
+
+def _require_same_pixels(manifest: dict[str, Any], preprocessing: Preprocessing, checkpoint: Path) -> None:
+    """Another mean or std would cost points in silence. The size of crops may change between the stages."""
+    known = manifest.get("preprocessing")
+    if known is None:  # an older checkpoint, which does not say
+        return
+    for name, now in (("mean", preprocessing.mean), ("std", preprocessing.std)):
+        if tuple(known[name]) != now:
+            raise ConfigError(f"data.{name} is {list(now)}, but {checkpoint} was pretrained with {known[name]}; set data.{name} to that")

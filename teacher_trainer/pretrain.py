@@ -25,6 +25,7 @@ from distill.errors import CheckpointError, ConfigError, DistillError
 from distill.image_sets import open_unlabelled
 from distill.loader import CropBatch, CropLoader, LoaderSettings
 from distill.optimizers import apply_step, build_optimizer
+from distill.precision import resolve_precision
 from distill.rejections import RejectionLog
 from distill.sources import Source
 from teacher_trainer.contrastive import BatchParts, ContrastiveOutcome
@@ -78,6 +79,7 @@ class _Pretraining:
         settings = job.pretrain
         check_job(settings, source, worker.world)
         self.settings, self.seed, self.worker = settings, job.seed, worker
+        self.preprocessing = job.data.preprocessing
         # The official code resizes its training crops by bicubic interpolation.
         recipe = CropRecipe(kind="random_resized", image_size=job.data.image_size, min_area=settings.min_area, interpolation="bicubic")
         loading = LoaderSettings(job.seed, settings.global_batch, job.data.window_shards, num_threads=job.data.num_threads)
@@ -180,6 +182,8 @@ class _Pretraining:
             "network": self.settings.network.model_dump(mode="json"),
             "num_head_layers": self.settings.num_head_layers,
             "embedding_dim": self.settings.embedding_dim,
+            "preprocessing": self.preprocessing.model_dump(mode="json"),
+            "precision": resolve_precision(self.settings.precision, self.worker.device),
             "metrics": {name: last.get(name) for name in METRICS},
             "curve": self.curve.rows,
         }

@@ -35,7 +35,7 @@ from distill.loader import CropBatch, CropLoader, LoaderSettings
 from distill.models.classifier import Classifier
 from distill.models.saved_classifier import CLASSIFIER, ClassifierCard
 from distill.optimizers import build_optimizer, take_step
-from distill.precision import autocast
+from distill.precision import autocast, resolve_precision
 from distill.rejections import RejectionLog
 from distill.sources import Source
 from teacher_trainer.linear_evaluation import freeze_backbone, train_mode
@@ -68,7 +68,7 @@ def train_supervised(
         test: labelled images on which worker 0 scores the trained network.
 
     Returns:
-        `steps`, `seconds`, last `loss`, `num_labelled`, `global_batch` and, with `test`, `scores` (of worker 0): plain data, also
+        `steps`, `seconds`, last `loss`, `num_labelled`, `global_batch`, `precision` (what `auto` became) and, with `test`, `scores` (of worker 0): plain data, also
         under `result` in the manifest of the last checkpoint.
 
     Raises:
@@ -127,6 +127,7 @@ class _Loop:
         self.optimizer = build_optimizer(self.network, settings.optimizer, batch, settings.backbone_rate_factor)
         self.identity = _identity(labelled, data, settings, seed, card)
         self.result: dict[str, Any] = {"steps": 0, "seconds": 0.0, "loss": None, "num_labelled": labelled.num_images, "global_batch": batch}
+        self.result["precision"] = resolve_precision(settings.precision, worker.device)
         self.is_saved = False
         self._loss: Tensor | None = None
         """Of this worker's last step, []."""

@@ -82,7 +82,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"{name}.{key}": tensor for name, part in (("backbone", backbone), ("head", head)) for key, tensor in part.state_dict().items()
     }
     folder = tmp_path_factory.mktemp("run") / "checkpoint"
-    save_checkpoint(folder, weights, {"kind": PRETRAINED})
+    save_checkpoint(folder, weights, {"kind": PRETRAINED, "preprocessing": {"image_size": 16, "mean": [0.5, 0.4, 0.3], "std": [1, 1, 1]}})
     return folder
 
 
@@ -167,6 +167,13 @@ class TestFromPretrained:
     def test_refuses_weights_of_another_network(self, images: Path, checkpoint: Path, change: dict[str, Any], said: str) -> None:
         with pytest.raises(CheckpointError, match=said):
             classifier_from_pretrained(checkpoint, NETWORK.replace(**change), data_of(images).preprocessing, 1, 2)
+
+    @pytest.mark.parametrize(("name", "now"), [("mean", (0.5, 0.4, 0.2)), ("std", (0.2, 0.2, 0.2))])
+    def test_refuses_pixels_normalised_otherwise_than_in_pretraining(
+        self, images: Path, checkpoint: Path, name: str, now: tuple[float, ...]
+    ) -> None:
+        with pytest.raises(ConfigError, match=rf"data\.{name} is .* was pretrained with .*; set data\.{name} to that"):
+            classifier_from_pretrained(checkpoint, NETWORK, data_of(images, **{name: now}).preprocessing, 1, 2)
 
     def test_refuses_the_last_layer_of_the_head(self, images: Path, checkpoint: Path) -> None:
         with pytest.raises(ConfigError, match=r"finetune\.num_head_layers 3 must be below 3, the layers of the projection head in"):
