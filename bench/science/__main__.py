@@ -19,6 +19,7 @@ import click
 import torch
 
 from bench.science.arms import ARMS, IMAGE_SIZE, SETTINGS, Arms
+from bench.science.search import ROWS, score_candidates
 from bench.science.stages import Stages
 from bench.science.table import write_table
 from distill.data_settings import DataSettings, ImagesSettings
@@ -66,21 +67,42 @@ def run(dataset: str, images: Path, cache: Path, seeds: tuple[int, ...], only: s
         console.print(f"[bold]{arm}[/bold], {fraction:.0%} of the labels, seed {seed}: top-1 {scores['top1']:.2%}")
 
 
-def _cells(dataset: str, images: Path, cache: Path, seeds: tuple[int, ...], threads: int) -> Iterator[tuple[int, float, str, Arms]]:
-    setting = SETTINGS[dataset]
+@main.command()
+@click.option("--dataset", type=click.Choice(list(SETTINGS)), required=True)
+@click.option("--images", type=click.Path(exists=True, path_type=Path), required=True, help="What bench.science.datasets wrote.")
+@click.option("--cache", type=click.Path(path_type=Path), default=Path("runs/science"), show_default=True)
+@click.option("--row", "rows", type=click.Choice(list(ROWS)), multiple=True, default=list(ROWS), show_default=True)
+@click.option("--threads", type=int, default=0, help="Threads of torch; 0: as many as cores.")
+def search(dataset: str, images: Path, cache: Path, rows: tuple[str, ...], threads: int) -> None:
+    """Score the candidates for stage 2 and its control on the validation images; results/search/DATASET.json."""
+    torch.set_num_threads(threads or torch.get_num_threads())
+    path = RESULTS / "search" / f"{dataset}.json"
+    kept: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    tests = _stages(images, cache / dataset, "test", 0, threads)
+    validations = _stages(images, cache / dataset / "search", "validation", 0, threads)
+    for found in score_candidates(dataset, tests, validations, rows):
+        kept = [old for old in kept if {**old, "top1": 0} != {**found, "top1": 0}] + [found]
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_text("[\n" + ",\n".join(" " + json.dumps(line) for line in kept) + "\n]\n")
+        console.print(f"[bold]{found['row']}[/bold]: {found}")
 
+
+def _cells(dataset: str, images: Path, cache: Path, seeds: tuple[int, ...], threads: int) -> Iterator[tuple[int, float, str, Arms]]:
+    for seed in seeds:
+        stages = _stages(images, cache, "test", seed, threads)
+        for fraction in FRACTIONS:
+            for arm in ARMS:
+                yield seed, fraction, arm, Arms(SETTINGS[dataset], stages, fraction)
+
+
+def _stages(images: Path, cache: Path, scored_on: str, seed: int, threads: int) -> Stages:
     def shards(part: str) -> ImagesSettings:
         return ImagesSettings(path=str(images / f"{part}-*.tar"))
 
     train = shards("train")
-    data = DataSettings(unlabelled=train, labelled=train, test=shards("test"), image_size=IMAGE_SIZE, crop_ratio=1.0, window_shards=100)
+    data = DataSettings(unlabelled=train, labelled=train, test=shards(scored_on), image_size=IMAGE_SIZE, crop_ratio=1.0, window_shards=100)
     data = data.replace(class_names=list(class_names_of(data)))
-    digest = open_unlabelled(data).digest()
-    for seed in seeds:
-        stages = Stages(cache, data, digest, seed, threads)
-        for fraction in FRACTIONS:
-            for arm in ARMS:
-                yield seed, fraction, arm, Arms(setting, stages, fraction)
+    return Stages(cache, data, open_unlabelled(data).digest(), seed, threads)
 
 
 def _described(dataset: str) -> dict[str, Any]:

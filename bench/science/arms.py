@@ -37,16 +37,16 @@ class Setting:
     """Smallest share of an image that a crop of distillation covers."""
 
 
-def _sgd(rate: float, decay: float) -> OptimizerSettings:
+def sgd(rate: float, decay: float) -> OptimizerSettings:
     return OptimizerSettings(name="sgd", learning_rate=rate, weight_decay=decay, warmup_share=0.0)
 
 
 def _supervised(epochs: int, rate: float, min_area: float, decay: float = 5e-4) -> FinetuneSettings:
-    return FinetuneSettings(num_head_layers=0, epochs=epochs, global_batch=64, min_area=min_area, optimizer=_sgd(rate, decay))
+    return FinetuneSettings(num_head_layers=0, epochs=epochs, global_batch=64, min_area=min_area, optimizer=sgd(rate, decay))
 
 
 def _finetune(epochs: int, rate: float, min_area: float, decay: float) -> FinetuneSettings:
-    return FinetuneSettings(num_head_layers=1, epochs=epochs, global_batch=64, min_area=min_area, optimizer=_sgd(rate, decay))
+    return FinetuneSettings(num_head_layers=1, epochs=epochs, global_batch=64, min_area=min_area, optimizer=sgd(rate, decay))
 
 
 def _pretrain(epochs: int, temperature: float, min_area: float) -> PretrainSettings:
@@ -139,7 +139,7 @@ class Arms:
 
     def _self_distilled(self) -> Made:
         train = TrainSettings(
-            students=[StudentSettings(name="self-distilled", network=TEACHER, optimizer=_sgd(0.1, 1e-4))],
+            students=[StudentSettings(name="self-distilled", network=TEACHER, optimizer=sgd(0.1, 1e-4))],
             epochs=self.setting.self_distill_epochs,
             num_views=VIEWS,
             global_batch=128,
@@ -153,7 +153,7 @@ class Arms:
     def _training(self, images: str, alpha: float) -> TrainSettings:
         return TrainSettings.model_validate(
             {
-                "students": [StudentSettings(name="small", network=STUDENT, optimizer=_sgd(0.1, 1e-4))],
+                "students": [StudentSettings(name="small", network=STUDENT, optimizer=sgd(0.1, 1e-4))],
                 "images": images,
                 "alpha": alpha,
                 "epochs": self.setting.distill_epochs,
