@@ -5,6 +5,8 @@ Unit of data: one `TeacherInfo` for one version of one teacher.
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from distill.config import Section
@@ -41,6 +43,10 @@ class TeacherInfo(Section):
     """What an image goes through before it is a crop."""
     default_temperature: float = Field(default=1.0, gt=0, le=100)
     """Temperature used when a request names none."""
+    precision: Literal["fp32", "fp16", "int8"] = "fp32"
+    """What the graph computes in. Crops, logits and soft labels have the same types in all three."""
+    top_outputs: int | None = Field(default=None, ge=1)
+    """R: the graph also gives the R largest logits of a crop and their class ids; none: it does not."""
 
     @property
     def num_classes(self) -> int:

@@ -28,6 +28,24 @@ def require_same_classes(found: Sequence[str], wanted: Sequence[str] | None, ori
     )
 
 
+def require_input_size(own: Preprocessing, input_size: int | None, travels: int, origin: str) -> None:
+    """Refuse crops that are neither of the network's own size nor of the one that the graph is to resize from.
+
+    Args:
+        own: of the network.
+        input_size: `teacher.input_size`.
+        travels: `data.image_size`.
+        origin: where the network comes from.
+
+    Raises:
+        ConfigError: with the sizes.
+    """
+    if input_size is None:
+        require_same_size(own, travels, origin)
+    elif input_size != travels:
+        raise ConfigError(f"teacher.input_size is {input_size}, data.image_size is {travels}: both are the size of the crops that travel")
+
+
 def require_same_size(found: Preprocessing, image_size: int | None, origin: str) -> None:
     """Refuse a teacher that sees crops of another size than the run cuts.
 
@@ -35,4 +53,7 @@ def require_same_size(found: Preprocessing, image_size: int | None, origin: str)
         ConfigError: with both sizes.
     """
     if image_size is not None and found.image_size != image_size:
-        raise ConfigError(f"{origin} sees crops of {found.image_size} pixels, data.image_size is {image_size}: they must be equal")
+        raise ConfigError(
+            f"{origin} sees crops of {found.image_size} pixels, data.image_size is {image_size}: they must be equal;"
+            f" or set teacher.input_size={image_size}, and the graph resizes what travels to its own size"
+        )

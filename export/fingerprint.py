@@ -17,7 +17,9 @@ from pydantic import ValidationError
 
 from distill.errors import BadInput, ConfigError, FingerprintMismatch, StageMissing
 from distill.teacher_info import METADATA_KEY, Preprocessing, TeacherInfo
+from distill.wire import LOGITS, SOFT_LABELS
 from export.graph import save_model, strip_descriptions
+from export.settings import Precision
 
 
 def load_model(path: Path) -> onnx.ModelProto:
@@ -69,6 +71,8 @@ def stamp_teacher(
     preprocessing: Preprocessing,
     version: int = 1,
     default_temperature: float = 1.0,
+    precision: Precision = "fp32",
+    top_outputs: int | None = None,
 ) -> TeacherInfo:
     """Fingerprint the teacher graph in `path` and write its `TeacherInfo` into the file's metadata.
 
@@ -85,6 +89,8 @@ def stamp_teacher(
             class_names=tuple(class_names),
             preprocessing=preprocessing,
             default_temperature=default_temperature,
+            precision=precision,
+            top_outputs=top_outputs,
         )
     except ValidationError as error:
         first = error.errors()[0]
@@ -131,6 +137,8 @@ def _save_with(model: onnx.ModelProto, info: TeacherInfo, path: Path) -> None:
 
 def _check_num_classes(model: onnx.ModelProto, info: TeacherInfo, path: Path) -> None:
     for output in model.graph.output:
+        if output.name not in (LOGITS, SOFT_LABELS):
+            continue
         last = output.type.tensor_type.shape.dim[-1:]
         if last and last[0].HasField("dim_value") and last[0].dim_value != info.num_classes:
             raise ConfigError(

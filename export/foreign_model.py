@@ -13,6 +13,7 @@ from onnx import TensorProto, helper
 
 from distill.errors import ConfigError
 from distill.teacher_info import Preprocessing
+from export.graph_regions import names_used
 
 MIN_OPSET = 7
 """Before it, arithmetic does not broadcast."""
@@ -119,7 +120,7 @@ def keep_only(graph: onnx.GraphProto, output: str) -> None:
     for node in reversed(graph.node):
         if needed.intersection(node.output):
             kept.append(node)
-            needed.update(_names_used(node))
+            needed.update(names_used(node))
     del graph.node[:]
     graph.node.extend(reversed(kept))
     weights = [tensor for tensor in graph.initializer if tensor.name in needed]
@@ -127,13 +128,3 @@ def keep_only(graph: onnx.GraphProto, output: str) -> None:
     graph.initializer.extend(weights)
     del graph.output[:]
     graph.output.append(helper.make_empty_tensor_value_info(output))
-
-
-def _names_used(node: onnx.NodeProto) -> set[str]:
-    """Inputs of a node, and of the nodes in its subgraphs, which see the outer names."""
-    names = set(node.input)
-    for attribute in node.attribute:
-        for subgraph in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
-            for inner in subgraph.node:
-                names |= _names_used(inner)
-    return names

@@ -1,6 +1,10 @@
 """network -> ONNX graph, for the teacher (crops and temperature in, logits and soft labels out) and for the student (crops in, logits out).
 
-Unit of data: one network, one file. Every network takes uint8 crops and normalises them itself, so the graph does too.
+    images uint8 [B,H,W,3], temperature float32 [B,1] (one a crop, so that requests with different ones share a batch)
+        -> logits float32 [B,K], soft_labels float32 [B,K] = softmax(logits / temperature)
+
+Unit of data: one network, one file. Every network takes uint8 crops and normalises them itself, so the graph does too. torch's exporter
+simplifies the graph (constants folded, batch norm folded into convolutions); `save_model` checks it.
 The bytes of the file are a function of the network alone: two processes write the same file, which is what the fingerprint stands on.
 
 Shapes: B crops of a batch (dynamic, 1 to 4096), H W pixels, C = 3 channels, K classes.
@@ -11,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,15 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from distill.errors import ConfigError, DistillError
+from distill.wire import IMAGES, LOGITS, SOFT_LABELS, TEMPERATURE
+from export.files import first_line, write_atomically
 
-IMAGES = "images"
-"""Input, uint8 [B,H,W,3]: RGB crops."""
-TEMPERATURE = "temperature"
-"""Input of the teacher, float32 [B,1]: one temperature a crop, so that requests with different ones share a batch."""
-LOGITS = "logits"
-"""Output, float32 [B,K]."""
-SOFT_LABELS = "soft_labels"
-"""Output of the teacher, float32 [B,K]: softmax(logits / temperature)."""
+__all__ = ["IMAGES", "LOGITS", "SOFT_LABELS", "TEMPERATURE", "first_line", "write_atomically"]
 
 MAX_BATCH = 4096
 MAX_FILE_BYTES = 2**31 - 2**20
@@ -47,7 +45,8 @@ class TeacherGraph(nn.Module):
 
     def forward(self, crops_BHWC: Tensor, temperature_B1: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 crops [B,H,W,3] and float32 temperatures [B,1] -> float32 logits [B,K] and soft labels [B,K]."""
-        logits_BK = self.network(crops_BHWC)
+        # Every network casts by itself, but some permute first, and TensorRT takes uint8 into a cast and into nothing else.
+        logits_BK = self.network(crops_BHWC.to(torch.float32))
         return logits_BK, torch.softmax(logits_BK / temperature_B1, dim=1)
 
 
@@ -71,7 +70,9 @@ def export_student_graph(network: nn.Module, image_size: int, path: Path, *, ops
 
 def _example_crops(image_size: int) -> Tensor:
     # Two, not one: torch.export takes a dimension of size 1 for a constant, even where min=1 is declared dynamic.
-    return torch.zeros(2, image_size, image_size, 3, dtype=torch.uint8)
+    # The memory of [B,C,H,W], not of [B,H,W,C]: behind the network's own permute it is contiguous. From a tensor in channels-last order
+    # torch writes adaptive pooling as `as_strided`, which in ONNX is a Gather over indices that are computed anew for every batch.
+    return torch.zeros(2, 3, image_size, image_size, dtype=torch.uint8).permute(0, 2, 3, 1)
 
 
 def _export(network: nn.Module, example: tuple[Tensor, ...], path: Path, inputs: list[str], outputs: list[str], opset: int) -> None:
@@ -149,25 +150,6 @@ def save_model(model: onnx.ModelProto, path: Path) -> None:
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise DistillError(f"{path.name} would be no valid ONNX model: {first_line(error)}") from error
     write_atomically(path, model.SerializeToString(deterministic=True))
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` to `path`, on disk before it bears its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pending = path.with_name(f".{path.name}.{os.getpid()}.pending")
-    try:
-        with pending.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        pending.replace(path)
-    finally:
-        pending.unlink(missing_ok=True)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of a foreign error's message that says something."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def device_of(network: nn.Module) -> torch.device:

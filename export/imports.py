@@ -17,6 +17,7 @@ import onnx
 from distill.errors import ConfigError
 from distill.teacher_info import METADATA_KEY, Preprocessing, TeacherInfo
 from export.contract import require_same_classes, require_same_size
+from export.crop_size import resized_pixels, travelling
 from export.fingerprint import load_model, read_teacher_info, write_teacher_info
 from export.foreign_model import ImageInput, forget_initialiser_inputs
 from export.graph import write_atomically
@@ -47,7 +48,7 @@ def import_onnx(
         folder: the teacher folder.
         preprocessing: as the model was trained with; mean and std on the scale 0 to 1.
         class_names: K names, in the order of the logits.
-        crops_NHWC: uint8 [N,H,W,3], real crops for the parity gate.
+        crops_NHWC: uint8 [N,H,W,3], real crops for the parity gate, of `settings.input_size` where that is given.
         image_ids: N names of their images.
         logits: the tensor that holds the logits, where the model has several outputs or ends in a softmax.
 
@@ -56,10 +57,11 @@ def import_onnx(
         ParityError: the wrapped model does not say what the original says.
     """
     with unchecked_model(folder) as path:
-        wrapped = wrap_classifier(source, path, preprocessing, logits)
+        wrapped = wrap_classifier(source, path, preprocessing, logits, settings.input_size)
         reference = original_reference(source, wrapped, preprocessing)
         _require_classes(reference(crops_NHWC[:1]), class_names, source)
-        return admit_teacher(path, folder, reference, preprocessing, class_names, crops_NHWC, image_ids, settings, version)
+        stated = travelling(preprocessing, settings.input_size)
+        return admit_teacher(path, folder, reference, stated, class_names, crops_NHWC, image_ids, settings, version)
 
 
 def onnx_preprocessing(source: Path, stated: StatedPreprocessing) -> Preprocessing:
@@ -105,6 +107,7 @@ def adopt_teacher(
     info = read_teacher_info(model)
     require_same_classes(info.class_names, class_names, str(source))
     require_same_size(info.preprocessing, image_size, str(source))
+    _require_as_it_is(info, settings, source)
     parity = model.with_name("parity.json")
     folder.mkdir(parents=True, exist_ok=True)
     if parity.is_file():
@@ -112,6 +115,21 @@ def adopt_teacher(
     info = info.replace(name=settings.name, default_temperature=settings.default_temperature)
     write_teacher_info(model, info, folder / TEACHER_FILE)
     return info
+
+
+def _require_as_it_is(info: TeacherInfo, settings: TeacherExportSettings, source: Path) -> None:
+    """A finished graph is taken over as it is: another precision or other outputs would be another teacher, with another fingerprint."""
+    asked = {
+        "precision": (settings.precision, info.precision, "fp32"),
+        "top_outputs": (settings.top_outputs, info.top_outputs, None),
+        "input_size": (settings.input_size, info.preprocessing.image_size, None),
+    }
+    for name, (wanted, found, not_asked) in asked.items():
+        if wanted not in (not_asked, found):
+            raise ConfigError(
+                f"{source} is a finished teacher with {name} {found}, so teacher.{name}: {wanted} comes too late: leave it out, or"
+                " import what the teacher was made from"
+            )
 
 
 def is_teacher_of_ours(source: Path) -> bool:
@@ -150,16 +168,21 @@ def original_reference(source: Path, wrapped: Wrapped, preprocessing: Preprocess
     image = wrapped.image
 
     def reference(crops_BHWC: Crops) -> Logits:
-        pixels = _as_input(crops_BHWC, image, preprocessing)
+        pixels = _as_input(_own_size(crops_BHWC, preprocessing.image_size), image, preprocessing)
         batches = np.split(pixels, len(pixels)) if image.fixed_batch else [pixels]
         return np.concatenate([session.run([wrapped.logits], {image.name: batch})[0] for batch in batches])
 
     return reference
 
 
-def _as_input(crops_BHWC: Crops, image: ImageInput, preprocessing: Preprocessing) -> npt.NDArray[Any]:
+def _own_size(crops_BHWC: Crops, size: int) -> npt.NDArray[Any]:
+    """Crops at the model's own size: themselves, or float pixels of 0 to 255."""
+    return crops_BHWC if crops_BHWC.shape[1] == size else resized_pixels(crops_BHWC, size)
+
+
+def _as_input(crops_BHWC: npt.NDArray[Any], image: ImageInput, preprocessing: Preprocessing) -> npt.NDArray[Any]:
     """Crops in the type and layout of the model's own input."""
-    pixels: npt.NDArray[Any] = crops_BHWC
+    pixels = np.rint(crops_BHWC).astype(np.uint8) if image.takes_uint8 else crops_BHWC
     if not image.takes_uint8:
         normalised = (crops_BHWC.astype(np.float64) / 255.0 - np.array(preprocessing.mean)) / np.array(preprocessing.std)
         pixels = normalised.astype(onnx.helper.tensor_dtype_to_np_dtype(image.element_type))

@@ -1,7 +1,8 @@
 """The gate between a network and its exported graph, in label space: real crops go through both, and what comes out is compared.
 
 Unit of data: one crop. No label is served, and no student shipped, from a graph that did not pass. The gate fails closed: nothing compared,
-a value that is not finite, or a shape that is wrong count as failures.
+a value that is not finite, or a shape that is wrong count as failures. What is compared is any `Runner`: a graph in ONNX Runtime, or an
+engine of TensorRT.
 
 Shapes: B crops of a batch, N crops of the whole check, H W pixels, K classes.
 """
@@ -12,22 +13,24 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from onnxruntime import InferenceSession
 from pydantic import Field
-from torch import nn
 
 from distill.config import Section
 from distill.errors import BadInput, ParityError
-from export.graph import IMAGES, LOGITS, SOFT_LABELS, TEMPERATURE, device_of, evaluating, write_atomically
+from export.files import write_atomically
 from export.label_space import Crops, Logits, Reals, kl_divergence, softmax
-from export.sessions import ORT_ERRORS, open_session, short
-from export.settings import ParityLimits
+from export.runners import OnnxRunner, Runner
+from export.settings import ParityLimits, Precision
+from export.worst_images import save_worst
+
+if TYPE_CHECKING:
+    from torch import nn
 
 NUM_WORST = 8
+REPORT_FILE = "parity.json"
 Reference = Callable[[Crops], Logits]
 """uint8 crops [B,H,W,3] -> logits [B,K]: the network that the graph was made from."""
 
@@ -37,6 +40,8 @@ class Offender(Section):
 
     image_id: str
     """Which image."""
+    row: int = 0
+    """Which of the compared crops, from 0."""
     logit_error: float | None
     """Largest |difference of logits|."""
     kl: float | None
@@ -62,6 +67,14 @@ class ParityReport(Section):
     """Share of crops with the same most likely class."""
     max_soft_label_error: float | None
     """Largest |soft label - softmax(logits / temperature)| with mixed temperatures in one batch; null for a graph without soft labels."""
+    engine: str = ""
+    """What the graph was run in."""
+    precision: Precision = "fp32"
+    """What the graph computes in."""
+    opset: int | None = None
+    """ONNX operator set of the graph; null where it was not looked at."""
+    kept_in_fp32: tuple[str, ...] = ()
+    """Layers of an fp16 graph that stay in fp32, because they would overflow."""
     limits: ParityLimits
     """What was allowed."""
     failures: tuple[str, ...]
@@ -91,7 +104,7 @@ class _Answers:
 
 def check_parity(
     reference: Reference,
-    onnx_path: Path,
+    graph: Path | Runner,
     crops_NHWC: Crops,
     image_ids: Sequence[str],
     limits: ParityLimits,
@@ -102,7 +115,7 @@ def check_parity(
 
     Args:
         reference: uint8 crops [B,H,W,3] -> logits [B,K], by the network.
-        onnx_path: a teacher or student graph of ours.
+        graph: a teacher or student graph of ours, or whatever runs it.
         crops_NHWC: uint8 [N,H,W,3], real crops: noise hides a wrong mean or a swapped channel.
         image_ids: N names, to say which crops differ.
         limits: what is allowed.
@@ -116,20 +129,29 @@ def check_parity(
         raise BadInput(f"{len(crops_NHWC)} crops but {len(image_ids)} image ids: they must be equal")
     if len(crops_NHWC) == 0:
         return _nothing_compared(limits)
-    answers = _ask_both(reference, open_session(onnx_path), crops_NHWC, temperatures, batch_size)
+    runner = OnnxRunner.of_file(graph) if isinstance(graph, Path) else graph
+    answers = _ask_both(reference, runner, crops_NHWC, temperatures, batch_size)
     if answers.reference_logits.shape != answers.graph_logits.shape:
         shapes = f"{answers.reference_logits.shape} and {answers.graph_logits.shape}"
-        raise BadInput(f"logits of the network and of {onnx_path.name} have shapes {shapes}: they are not of the same classes")
-    return _compare(answers, image_ids, limits, temperatures)
+        raise BadInput(f"logits of the network and of {runner.name} have shapes {shapes}: they are not of the same classes")
+    return _compare(answers, image_ids, limits, temperatures).replace(engine=runner.engine)
 
 
-def require_parity(report: ParityReport, folder: Path, name: str) -> None:
-    """Write `parity.json` into `folder`, then stop if the graph did not pass.
+def require_parity(report: ParityReport, folder: Path, name: str, crops_NHWC: Crops | None = None) -> None:
+    """Write `parity.json` into `folder`, and the worst crops as pictures into `worst` beside it, then stop if the graph did not pass.
+
+    Args:
+        report: of the comparison.
+        folder: made if it is not there.
+        name: what an error calls the graph.
+        crops_NHWC: uint8 [N,H,W,3], those that were compared; without them there are no pictures.
 
     Raises:
         ParityError: with every number that is over its limit, in one line.
     """
-    path = folder / "parity.json"
+    path = folder / REPORT_FILE
+    if crops_NHWC is not None:
+        save_worst(folder, crops_NHWC, [(offender.row, offender.image_id) for offender in report.worst])
     write_atomically(path, (report.model_dump_json(indent=2) + "\n").encode())
     if not report.passed:
         raise ParityError(
@@ -139,6 +161,10 @@ def require_parity(report: ParityReport, folder: Path, name: str) -> None:
 
 def torch_reference(network: nn.Module) -> Reference:
     """A network as the gate wants it: uint8 crops [B,H,W,3] -> logits [B,K] in numpy, in evaluation mode."""
+    import torch
+
+    from export.graph import device_of, evaluating
+
     device = device_of(network)
 
     def reference(crops_BHWC: Crops) -> Logits:
@@ -149,27 +175,20 @@ def torch_reference(network: nn.Module) -> Reference:
     return reference
 
 
-def _ask_both(
-    reference: Reference, session: InferenceSession, crops_NHWC: Crops, temperatures: Sequence[float], batch_size: int
-) -> _Answers:
-    gives_soft_labels = SOFT_LABELS in {output.name for output in session.get_outputs()}
+def _ask_both(reference: Reference, runner: Runner, crops_NHWC: Crops, temperatures: Sequence[float], batch_size: int) -> _Answers:
     temperature_N1 = np.resize(np.asarray(temperatures, dtype=np.float32), (len(crops_NHWC), 1))  # one after the other, crop by crop
-    wanted = [LOGITS, SOFT_LABELS] if gives_soft_labels else [LOGITS]
-    references, graphs = [], []
+    references, graphs, soft_labels = [], [], []
     for start in range(0, len(crops_NHWC), batch_size):
         rows = slice(start, start + batch_size)
-        feed: dict[str, Any] = {IMAGES: crops_NHWC[rows]}
-        if gives_soft_labels:
-            feed[TEMPERATURE] = temperature_N1[rows]
-        try:
-            graphs.append(session.run(wanted, feed))
-        except ORT_ERRORS as error:
-            raise BadInput(f"the graph does not take crops of shape {crops_NHWC.shape[1:]}: {short(error)}") from error
+        logits_BK, soft_labels_BK = runner(crops_NHWC[rows], temperature_N1[rows])
+        graphs.append(logits_BK)
+        if soft_labels_BK is not None:
+            soft_labels.append(soft_labels_BK)
         references.append(np.asarray(reference(crops_NHWC[rows]), dtype=np.float64))
     return _Answers(
         reference_logits=np.concatenate(references),
-        graph_logits=np.concatenate([answer[0] for answer in graphs]).astype(np.float64),
-        soft_labels=np.concatenate([answer[1] for answer in graphs]).astype(np.float64) if gives_soft_labels else None,
+        graph_logits=np.concatenate(graphs).astype(np.float64),
+        soft_labels=np.concatenate(soft_labels).astype(np.float64) if soft_labels else None,
         temperatures=temperature_N1.astype(np.float64),
     )
 
@@ -195,6 +214,7 @@ def _compare(answers: _Answers, image_ids: Sequence[str], limits: ParityLimits, 
         worst=tuple(
             Offender(
                 image_id=image_ids[row],
+                row=int(row),
                 logit_error=float(error_N[row]) if finite_N[row] else None,
                 kl=float(kl_N[row]) if finite_N[row] else None,
                 reference_class=int(reference_class_N[row]),

@@ -5,7 +5,7 @@ They stand apart from the code that they steer, so that reading a run file impor
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -28,6 +28,17 @@ class ParityLimits(Section):
     """Largest allowed |soft label of the graph - softmax(its own logits / temperature)|, with mixed temperatures in one batch."""
 
 
+Precision = Literal["fp32", "fp16", "int8"]
+
+PARITY_OF: dict[Precision, ParityLimits] = {
+    "fp32": ParityLimits(),
+    "fp16": ParityLimits(max_logit_error=0.1, max_kl=5e-4),
+    "int8": ParityLimits(max_logit_error=3.0, max_kl=0.5, min_top1_agreement=0.95),
+}
+"""Limits where none are given: two to three times the largest of what ResNet-20 and ResNet-56 gave on 256 test images of CIFAR-10, with
+logits of up to 33: fp32 1e-5 (KL 1e-11), fp16 0.035 (KL 1.1e-4), int8 1.35 (KL 0.2, agreement 0.99)."""
+
+
 class RepositorySettings(Section):
     """How Triton is to run a teacher: batching, queue, instances. Written into `config.pbtxt`."""
 
@@ -38,13 +49,21 @@ class RepositorySettings(Section):
     max_queue_delay_us: int = Field(default=2000, ge=0)
     """How long the dynamic batcher waits for a preferred batch, in microseconds."""
     max_queue_size: int = Field(default=512, ge=1)
-    """Requests that may wait; one more is refused at once. Triton's own default, no bound, is not offered."""
+    """With two or more instances: requests that may wait in Triton; one more is refused at once. With one, a bound costs Triton most of its
+    speed (bench/serving), so only those of the gateway and of the clients hold."""
     queue_timeout_us: int = Field(default=10_000_000, ge=0)
-    """A request that waited longer is refused, in microseconds; 0 lets it wait. A request may bring a shorter one, if this is not 0."""
+    """With two or more instances: a request that waited longer is refused, in microseconds; 0 lets it wait. A request may bring a shorter
+    one, if this is not 0."""
     instance_count: int = Field(default=1, ge=1, le=64)
     """Copies of the teacher that run at the same time, on each device."""
     instance_kind: Literal["cpu", "gpu"] = "cpu"
     """Where the copies run."""
+    acceleration: Literal["none", "tensorrt"] = "none"
+    """`tensorrt`: Triton's ONNX Runtime hands the graph to TensorRT, which builds an engine for this GPU when the model is loaded."""
+    tensorrt_workspace_bytes: int = Field(default=4 * 2**30, ge=2**20)
+    """GPU memory that TensorRT may use while it works."""
+    tensorrt_cache: str = Field(default="/var/cache/distill-tensorrt", pattern=r"^/")
+    """Folder on the Triton machine for built engines, absolute; on a volume of its own they outlive the container."""
     intra_op_threads: int = Field(default=0, ge=0)
     """Threads of one copy on the CPU; 0 lets ONNX Runtime decide."""
     warmup_batch_sizes: tuple[int, ...] = (1,)
@@ -57,6 +76,12 @@ class RepositorySettings(Section):
             raise ValueError(f"batch sizes are at least 1, got {min(sizes)}")
         return self
 
+    @model_validator(mode="after")
+    def _tensorrt_has_a_gpu(self) -> Self:
+        if self.acceleration == "tensorrt" and self.instance_kind != "gpu":
+            raise ValueError("acceleration: tensorrt needs instance_kind: gpu; TensorRT has no CPU form")
+        return self
+
 
 class TeacherExportSettings(Section):
     """From a fine-tuned or imported teacher to a model that Triton serves."""
@@ -67,14 +92,43 @@ class TeacherExportSettings(Section):
     """Temperature used when a request names none."""
     opset: int = Field(default=20, ge=18, le=23)
     """ONNX operator set of the graph."""
+    precision: Precision = "fp32"
+    """`fp16`: weights and arithmetic in half precision, for a GPU; softmax and layers that would overflow stay in fp32. `int8`: weights and
+    activations in 8 bits, their ranges measured on real crops. Crops, logits and soft labels keep their types. Each has limits of its own
+    where `parity` is not given: fp16 0.1 in a logit and 5e-4 in KL; int8 3 and 0.5, with an agreement of 0.95."""
+    input_size: int | None = Field(default=None, ge=1, le=4096)
+    """Height and width, in pixels, of the crops that travel, where it is not the size that the teacher was trained on: then the graph
+    resizes them first (bilinear, averaging where they get smaller). In a run it is data.image_size. None: its own size travels."""
+    top_outputs: int | None = Field(default=None, ge=1)
+    """For many classes: the graph also gives the largest `top_outputs` logits of each crop and their class ids, largest first."""
     num_parity_images: int = Field(default=256, ge=1)
     """Real crops that the graph and the network are compared on."""
+    num_calibration_images: int = Field(default=256, ge=8)
+    """Further real crops that the ranges of fp16 and int8 are measured on; if there are no 8 more, the compared ones serve for both."""
     parity_temperatures: tuple[float, ...] = Field(default=(1.0, 4.0), min_length=1)
     """Temperatures that the comparison is made at."""
-    parity: ParityLimits = ParityLimits()
-    """How far the graph may be from the network."""
+    parity: ParityLimits | None = None
+    """How far the graph may be from the network. What is left out is taken from the defaults of the precision."""
     repository: RepositorySettings = RepositorySettings()
     """How Triton is to run it."""
+
+    @property
+    def limits(self) -> ParityLimits:
+        """How far the graph may be from the network."""
+        return self.parity or PARITY_OF[self.precision]
+
+    @property
+    def num_crops(self) -> int:
+        """Real crops that an export asks for: those that are compared, and those that ranges are measured on."""
+        return self.num_parity_images + (self.num_calibration_images if self.precision != "fp32" else 0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _limits_are_over_those_of_the_precision(cls, given: Any) -> Any:
+        if isinstance(given, dict) and isinstance(given.get("parity"), dict):
+            usual = PARITY_OF.get(given.get("precision", "fp32"), ParityLimits())
+            return {**given, "parity": {**usual.model_dump(), **given["parity"]}}
+        return given
 
     @model_validator(mode="after")
     def _temperatures_are_positive(self) -> Self:

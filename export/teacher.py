@@ -1,7 +1,9 @@
 """network -> teacher folder -> model repository: the only ways by which a teacher comes to be served.
 
-Unit of data: one teacher folder, with `model.onnx` (the teacher graph, its `TeacherInfo` in the metadata) and `parity.json`.
-`model.onnx` appears under this name only after it has passed the parity gate.
+    network -> fp32 graph -> [top outputs] -> [fp16 or int8] -> parity gate -> fingerprint -> model.onnx -> repository
+
+Unit of data: one teacher folder, with `model.onnx` (the teacher graph, its `TeacherInfo` in the metadata), `parity.json` and, in `worst/`,
+the crops that it is worst on. `model.onnx` appears under this name only after it has passed the parity gate.
 """
 
 from __future__ import annotations
@@ -13,11 +15,14 @@ from pathlib import Path
 from torch import nn
 
 from distill.teacher_info import Preprocessing, TeacherInfo
-from export.fingerprint import read_teacher_info, stamp_teacher
-from export.graph import export_teacher_graph
+from export.crop_size import resize_first, travelling, with_resize
+from export.fingerprint import load_model, read_teacher_info, stamp_teacher
+from export.graph import export_teacher_graph, save_model
 from export.label_space import Crops
-from export.parity import Reference, check_parity, require_parity, torch_reference
+from export.parity import Reference, require_parity, torch_reference
 from export.settings import TeacherExportSettings
+from export.teacher_precision import set_precision, split_crops
+from export.top_outputs import add_top_outputs
 from export.triton_repository import ServedModel, write_repository
 
 TEACHER_FILE = "model.onnx"
@@ -38,9 +43,11 @@ def export_teacher(
 
     Args:
         network: uint8 [B,H,W,3] -> logits [B,K].
-        preprocessing: what an image goes through before it is a crop, and what the network does to a crop first.
+        preprocessing: what an image goes through before it is a crop, and what the network does to a crop first. Its `image_size` is
+            the network's own; where `settings.input_size` is another, the graph resizes, and the teacher states that size.
         class_names: K names, in the order of the logits.
-        crops_NHWC: uint8 [N,H,W,3], real crops for the parity gate; the first `num_parity_images` are used.
+        crops_NHWC: uint8 [N,H,W,3], real crops: the first `num_parity_images` for the parity gate, what follows for the ranges of fp16
+            and int8.
         image_ids: N names of their images.
         folder: the teacher folder, made if it is not there. An older teacher in it stays until this one has passed.
 
@@ -48,9 +55,14 @@ def export_teacher(
         ConfigError: a name, or a number of classes, that cannot be.
         ParityError: the graph does not say what the network says; `parity.json` names the worst crops.
     """
+    stated = travelling(preprocessing, settings.input_size)
+    own_size, size = preprocessing.image_size, stated.image_size
+    reference = torch_reference(with_resize(network, own_size, size))
     with unchecked_model(folder) as path:
-        export_teacher_graph(network, preprocessing.image_size, path, opset=settings.opset)
-        return admit_teacher(path, folder, torch_reference(network), preprocessing, class_names, crops_NHWC, image_ids, settings, version)
+        export_teacher_graph(network, own_size, path, opset=settings.opset)
+        if size != own_size:
+            save_model(resize_first(load_model(path), size, own_size), path)
+        return admit_teacher(path, folder, reference, stated, class_names, crops_NHWC, image_ids, settings, version)
 
 
 def admit_teacher(
@@ -64,10 +76,17 @@ def admit_teacher(
     settings: TeacherExportSettings,
     version: int = 1,
 ) -> TeacherInfo:
-    """Let a teacher graph through the parity gate, write into it who it is, and give it its name. Raises as `export_teacher`."""
-    count = settings.num_parity_images
-    report = check_parity(reference, path, crops_NHWC[:count], image_ids[:count], settings.parity, settings.parity_temperatures)
-    require_parity(report, folder, f"teacher {settings.name}")
+    """Give an fp32 teacher graph its outputs and precision, let it through the parity gate, write into it who it is, and give it its name.
+
+    Raises as `export_teacher`.
+    """
+    compared, measured_on = split_crops(crops_NHWC, settings.num_parity_images)
+    if settings.top_outputs:
+        model = load_model(path)
+        add_top_outputs(model, settings.top_outputs)
+        save_model(model, path)
+    report = set_precision(path, measured_on, settings).check(reference, compared, list(image_ids[: len(compared)]))
+    require_parity(report, folder, f"teacher {settings.name}", compared)
     info = stamp_teacher(
         path,
         name=settings.name,
@@ -75,6 +94,8 @@ def admit_teacher(
         preprocessing=preprocessing,
         version=version,
         default_temperature=settings.default_temperature,
+        precision=settings.precision,
+        top_outputs=settings.top_outputs,
     )
     path.replace(folder / TEACHER_FILE)
     return info

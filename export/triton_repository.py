@@ -3,28 +3,38 @@
 Unit of data: one version of one teacher. The configuration is Triton's own protobuf message, so a misspelt field cannot be written.
 
 Crash safety. `config.pbtxt` names the one version that is served, and it is replaced by a rename after the version's folder is complete.
-At any moment Triton sees the old version whole or the new one whole; folders that are not plain numbers it ignores.
+At any moment Triton sees the old version whole or the new one whole; folders that are not plain numbers it ignores. Whoever changes a
+repository holds its lock, so what a crash left behind can be told from work in progress. `repository_versions.py` manages the versions.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import os
 import shutil
 import struct
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from google.protobuf import text_format  # type: ignore[import-untyped]
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup, ModelQueuePolicy, ModelWarmup
 
-from distill.errors import ConfigError, FingerprintMismatch
+from distill.errors import BadInput, ConfigError, FingerprintMismatch
 from distill.teacher_info import METADATA_KEY, TeacherInfo
+from distill.wire import IMAGES, LOGITS, SOFT_LABELS, TEMPERATURE, TOP_IDS, TOP_LOGITS
+from export.acceleration import accelerate
+from export.files import write_atomically
 from export.fingerprint import read_teacher_info, write_teacher_info
-from export.graph import IMAGES, LOGITS, SOFT_LABELS, TEMPERATURE, write_atomically
 from export.settings import RepositorySettings
 
 WARMUP_TEMPERATURE = "temperature_one"
 """File in <name>/warmup: Triton's own zero_data would divide the logits by 0."""
+PARITY = "parity.json"
+"""What the parity gate found: beside the graph in a teacher folder, and beside it in the repository."""
+_LEFTOVERS = (".pending", ".removed")
 
 
 class ServedModel(NamedTuple):
@@ -63,15 +73,92 @@ def write_repository(
         )
     folder = repository / info.name
     served = ServedModel(folder, folder / "config.pbtxt", folder / str(info.version) / "model.onnx")
-    # Triton refuses a configuration with a version that is not there, and would make one up where there is none: first the configuration.
-    config = text_format.MessageToString(model_config(info, settings)).encode()
-    write_atomically(folder / "warmup" / WARMUP_TEMPERATURE, struct.pack("<f", 1.0))
-    if not served.config.exists():
-        write_atomically(served.config, config)
-    if not _holds(served.model, info, replace):
-        _put_version(model, info, served.model.parent)
-    write_atomically(served.config, config)
+    config = model_config(info, settings)
+    with changing(repository):
+        sweep(folder)
+        write_atomically(folder / "warmup" / WARMUP_TEMPERATURE, struct.pack("<f", 1.0))
+        # Triton refuses a configuration whose version is not there, and would make one up where there is none: first the configuration.
+        if not served.config.exists():
+            write_config(folder, config)
+        if not _holds(served.model, info, replace):
+            put_version(model, info, served.model.parent)
+        write_config(folder, config)
     return served
+
+
+@contextlib.contextmanager
+def changing(repository: Path) -> Iterator[None]:
+    """One at a time: a second process that wants to change the repository waits. The kernel lets go of the lock of a process that died."""
+    repository.mkdir(parents=True, exist_ok=True)
+    if sys.platform == "win32":  # knows no locks on folders, and runs no Triton
+        yield
+        return
+    import fcntl
+
+    folder = os.open(repository, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a crash left half made in a model's folder. For holders of the lock."""
+    for entry in folder.glob(".*"):
+        if entry.suffix in _LEFTOVERS:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def read_config(folder: Path) -> ModelConfig | None:
+    """The configuration of a model; None where it has none.
+
+    Raises:
+        BadInput: it is not Triton's.
+    """
+    path = folder / "config.pbtxt"
+    try:
+        return text_format.Parse(path.read_text(encoding="utf-8"), ModelConfig())
+    except FileNotFoundError:
+        return None
+    except (text_format.ParseError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} is no Triton model configuration: {' '.join(str(error).split())[:200]}") from error
+
+
+def write_config(folder: Path, config: ModelConfig) -> None:
+    """Make `config` the model's configuration, in one step."""
+    write_atomically(folder / "config.pbtxt", text_format.MessageToString(config).encode())
+
+
+def config_for(info: TeacherInfo, current: ModelConfig) -> ModelConfig:
+    """The configuration that serves `info` as `current` says a teacher is to be run: batching, queue, instances, threads, warm-up."""
+    warmup = tuple(entry.batch_size for entry in current.model_warmup)
+    settings = RepositorySettings(max_batch_size=current.max_batch_size, warmup_batch_sizes=warmup, **_acceleration_in(current))
+    config = model_config(info, settings)
+    # TensorRT's engines and precision are this teacher's own; everything else of the optimisation stays.
+    accelerators = copy.deepcopy(config.optimization.execution_accelerators)
+    for field in ("dynamic_batching", "instance_group", "optimization"):
+        config.ClearField(field)
+    config.dynamic_batching.CopyFrom(current.dynamic_batching)
+    config.instance_group.extend(current.instance_group)
+    if current.HasField("optimization"):
+        config.optimization.CopyFrom(current.optimization)
+    if settings.acceleration != "none":
+        config.optimization.execution_accelerators.CopyFrom(accelerators)
+    for key, parameter in current.parameters.items():
+        if key != METADATA_KEY:
+            config.parameters[key].CopyFrom(parameter)
+    return config
+
+
+def _acceleration_in(config: ModelConfig) -> dict[str, Any]:
+    """The fields of `RepositorySettings` that say how a GPU is used, out of a configuration of ours; empty where none is."""
+    for accelerator in config.optimization.execution_accelerators.gpu_execution_accelerator:
+        if accelerator.name == "tensorrt":
+            names = {"tensorrt_workspace_bytes": "max_workspace_size_bytes", "tensorrt_cache": "trt_engine_cache_path"}
+            given = {field: accelerator.parameters[name] for field, name in names.items() if name in accelerator.parameters}
+            return {"instance_kind": "gpu", "acceleration": "tensorrt", **given}
+    return {}
 
 
 def served_versions(repository: Path, name: str) -> list[int]:
@@ -88,24 +175,35 @@ def model_config(info: TeacherInfo, settings: RepositorySettings) -> ModelConfig
     config.input.add(name=TEMPERATURE, data_type="TYPE_FP32", dims=[1])
     config.output.add(name=LOGITS, data_type="TYPE_FP32", dims=[classes])
     config.output.add(name=SOFT_LABELS, data_type="TYPE_FP32", dims=[classes])
+    if info.top_outputs is not None:
+        config.output.add(name=TOP_IDS, data_type="TYPE_INT32", dims=[info.top_outputs])
+        config.output.add(name=TOP_LOGITS, data_type="TYPE_FP32", dims=[info.top_outputs])
     config.version_policy.specific.versions.append(info.version)
     kinds = {"cpu": ModelInstanceGroup.KIND_CPU, "gpu": ModelInstanceGroup.KIND_GPU}
     config.instance_group.add(kind=kinds[settings.instance_kind], count=settings.instance_count)
     batching = config.dynamic_batching
     batching.preferred_batch_size.extend(sorted({size for size in settings.preferred_batch_sizes if size <= settings.max_batch_size}))
     batching.max_queue_delay_microseconds = settings.max_queue_delay_us
-    batching.default_queue_policy.CopyFrom(
-        ModelQueuePolicy(
-            timeout_action=ModelQueuePolicy.REJECT,
-            default_timeout_microseconds=settings.queue_timeout_us,
-            allow_timeout_override=True,
-            max_queue_size=settings.max_queue_size,
+    # With one copy and any queue policy, Triton 2.51 lets up to a fifth of all requests wait half a second (measured): an idle copy is
+    # noticed late. The bounds of the gateway and of the clients hold in any case.
+    if settings.instance_count > 1:
+        batching.default_queue_policy.CopyFrom(
+            ModelQueuePolicy(
+                timeout_action=ModelQueuePolicy.REJECT,
+                default_timeout_microseconds=settings.queue_timeout_us,
+                allow_timeout_override=True,
+                max_queue_size=settings.max_queue_size,
+            )
         )
-    )
     config.parameters[METADATA_KEY].string_value = info.model_dump_json()
     if settings.intra_op_threads:
         config.parameters["intra_op_thread_count"].string_value = str(settings.intra_op_threads)
-    for batch_size in settings.warmup_batch_sizes:
+    warmup = set(settings.warmup_batch_sizes)
+    if settings.acceleration == "tensorrt":
+        accelerate(config, info, settings)
+        # The engine is built for the batch sizes seen so far, which takes minutes: it must see the largest before the first request.
+        warmup.add(settings.max_batch_size)
+    for batch_size in sorted(warmup):
         if batch_size <= settings.max_batch_size:
             config.model_warmup.append(_warmup(batch_size, image_size))
     return config
@@ -131,17 +229,27 @@ def _holds(model: Path, info: TeacherInfo, replace: bool) -> bool:
     return there == info
 
 
-def _put_version(model: Path, info: TeacherInfo, folder: Path) -> None:
-    """Write `model`, saying `info` of itself, into a folder that Triton ignores, then give that folder its number."""
+def put_version(model: Path, info: TeacherInfo, folder: Path) -> None:
+    """Write `model`, saying `info` of itself, into a folder that Triton ignores, then give that folder its number. For holders of the lock.
+
+    A version that is there already gets the new file in one step: without its folder, Triton could not start.
+    """
+    if folder.exists():
+        (folder / PARITY).unlink(missing_ok=True)  # it is about the old file
+        write_teacher_info(model, info, folder / "model.onnx")
+        _copy_parity(model, folder)
+        return
     pending = folder.with_name(f".{folder.name}.{os.getpid()}.pending")
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    for leftover in (pending, old):
-        shutil.rmtree(leftover, ignore_errors=True)
     try:
         write_teacher_info(model, info, pending / "model.onnx")
-        if folder.exists():
-            folder.rename(old)
+        _copy_parity(model, pending)
         pending.rename(folder)
     finally:
         shutil.rmtree(pending, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+
+
+def _copy_parity(model: Path, folder: Path) -> None:
+    """Only from a teacher folder: beside any other file, a parity.json may be about something else."""
+    report = model.with_name(PARITY)
+    if model.name == "model.onnx" and report.is_file():
+        write_atomically(folder / PARITY, report.read_bytes())

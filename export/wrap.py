@@ -2,10 +2,11 @@
 
 Unit of data: one model. What is added, around the untouched middle:
 
-    images uint8 [B,H,W,3] -> Cast -> /255 -> -mean -> /std -> Transpose (for NCHW) -> [the model] -> logits [B,K]
+    images uint8 [B,H,W,3] -> Cast -> [Resize] -> /255 -> -mean -> /std -> Transpose (for NCHW) -> [the model] -> logits [B,K]
     logits -> /temperature float32 [B,1] -> Softmax -> soft_labels [B,K]
 
 A model that takes uint8 normalises by itself and gets no arithmetic in front. Values on the scale 0 to 255 are said as mean 0, std 1/255.
+The resize is there where crops of another size travel (`input_size`). The middle is simplified (`export/simplify.py`).
 
 Shapes: B crops of a batch, H W pixels, K classes.
 """
@@ -23,11 +24,14 @@ from onnxruntime import InferenceSession
 
 from distill.errors import ConfigError
 from distill.teacher_info import Preprocessing
+from export.crop_size import ANTIALIAS_OPSET, resize_node
 from export.fingerprint import load_model
 from export.foreign_model import ImageInput, check_opset, find_image_input, find_logits, forget_initialiser_inputs, keep_only
 from export.graph import IMAGES, LOGITS, SOFT_LABELS, TEMPERATURE, save_model, strip_descriptions
+from export.graph_regions import opset_of
 from export.label_space import Crops, Logits
 from export.sessions import ORT_ERRORS, open_session_of, short
+from export.simplify import at_least_opset, simplify
 
 BATCH = "batch"
 PREFIX = "source/"
@@ -41,7 +45,9 @@ class Wrapped(NamedTuple):
     logits: str
 
 
-def wrap_classifier(source: Path, target: Path, preprocessing: Preprocessing, logits: str | None = None) -> Wrapped:
+def wrap_classifier(
+    source: Path, target: Path, preprocessing: Preprocessing, logits: str | None = None, input_size: int | None = None
+) -> Wrapped:
     """Write `source` as a teacher graph.
 
     Args:
@@ -49,12 +55,18 @@ def wrap_classifier(source: Path, target: Path, preprocessing: Preprocessing, lo
         target: the file to write.
         preprocessing: the size, mean and std that the model was trained with. For a uint8 model mean and std stay at 0 and 1.
         logits: name of the tensor [B,K] that holds the logits; by default the model's only output. An inner tensor is allowed.
+        input_size: height and width of the crops that travel, where it is not the model's own size.
 
     Raises:
         ConfigError: the model has another form, gives probabilities, or works for one batch size only.
     """
     model = load_model(source)
     check_opset(model, source)
+    size = input_size or preprocessing.image_size
+    if size > preprocessing.image_size:
+        model = at_least_opset(
+            model, ANTIALIAS_OPSET, f"teacher.input_size: {size}, which is more than the model's {preprocessing.image_size},"
+        )
     strip_descriptions(model)
     forget_initialiser_inputs(model.graph)
     logits_name = find_logits(model.graph, logits, source)
@@ -62,8 +74,8 @@ def wrap_classifier(source: Path, target: Path, preprocessing: Preprocessing, lo
     image = find_image_input(model.graph, preprocessing, source)
     _free_the_batch(model.graph)
     middle = onnx.compose.add_prefix(model, PREFIX)
-    wrapped = _around(middle, image, PREFIX + logits_name, preprocessing)
-    _check_batches(wrapped, preprocessing.image_size, source)
+    wrapped = simplify(_around(middle, image, PREFIX + logits_name, preprocessing, size))
+    _check_batches(wrapped, size, source)
     save_model(wrapped, target)
     return Wrapped(image, logits_name)
 
@@ -75,10 +87,9 @@ def _free_the_batch(graph: onnx.GraphProto) -> None:
     del graph.value_info[:]
 
 
-def _around(middle: onnx.ModelProto, image: ImageInput, logits: str, preprocessing: Preprocessing) -> onnx.ModelProto:
-    """The model with our nodes before and behind it."""
-    size, name = preprocessing.image_size, PREFIX + image.name
-    before, constants = _prefix(image, name, preprocessing)
+def _around(middle: onnx.ModelProto, image: ImageInput, logits: str, preprocessing: Preprocessing, size: int) -> onnx.ModelProto:
+    """The model with our nodes before and behind it; crops of `size` pixels travel."""
+    before, constants = _prefix(image, PREFIX + image.name, preprocessing, size, opset_of(middle))
     behind = [
         helper.make_node("Cast", [logits], [LOGITS], to=TensorProto.FLOAT, name="to_logits"),
         helper.make_node("Div", [LOGITS, TEMPERATURE], ["tempered"], name="temper"),
@@ -101,24 +112,60 @@ def _around(middle: onnx.ModelProto, image: ImageInput, logits: str, preprocessi
     return wrapped
 
 
-def _prefix(image: ImageInput, name: str, preprocessing: Preprocessing) -> tuple[list[onnx.NodeProto], list[TensorProto]]:
+def _prefix(
+    image: ImageInput, name: str, preprocessing: Preprocessing, size: int, opset: int
+) -> tuple[list[onnx.NodeProto], list[TensorProto]]:
     """Nodes from `images` to the model's input called `name`, and their constants."""
-    steps: list[tuple[str, list[str], dict[str, Any]]] = []
-    constants: list[TensorProto] = []
-    if not image.takes_uint8:
-        values = {"scale": [255.0], "mean": list(preprocessing.mean), "std": list(preprocessing.std)}
-        constants = [numpy_helper.from_array(np.array(value, dtype=np.float32), key) for key, value in values.items()]
-        steps += [("Cast", [], {"to": TensorProto.FLOAT}), ("Div", ["scale"], {}), ("Sub", ["mean"], {}), ("Div", ["std"], {})]
-        if image.element_type == TensorProto.FLOAT16:
-            steps.append(("Cast", [], {"to": TensorProto.FLOAT16}))
-    if not image.channels_last:
-        steps.append(("Transpose", [], {"perm": [0, 3, 1, 2]}))
-    nodes, current = [], IMAGES
-    for number, (operator, more, attributes) in enumerate(steps or [("Identity", [], {})]):
-        following = name if number == len(steps) - 1 or not steps else f"normalise_{number}"
-        nodes.append(helper.make_node(operator, [current, *more], [following], name=f"{operator.lower()}_{number}", **attributes))
-        current = following
-    return nodes, constants
+    chain = _Chain(IMAGES)
+    resizes, planes = size != preprocessing.image_size, False
+    if resizes or not image.takes_uint8:
+        chain.add("Cast", to=TensorProto.FLOAT)
+    if resizes:
+        chain.add("Transpose", perm=[0, 3, 1, 2])
+        node, constant = resize_node(chain.current, "resized", size, preprocessing.image_size, opset)
+        chain.append(node, constant)
+        planes = True
+    if image.takes_uint8 and resizes:
+        chain.add("Round")
+        chain.add("Cast", to=TensorProto.UINT8)
+    elif not image.takes_uint8:
+        shape = (3, 1, 1) if planes else (3,)
+        for operator, constant_name, values in (
+            ("Div", "scale", [255.0]),
+            ("Sub", "mean", preprocessing.mean),
+            ("Div", "std", preprocessing.std),
+        ):
+            array = np.array(values, dtype=np.float32).reshape(shape if len(values) == 3 else (1,))
+            chain.add(operator, numpy_helper.from_array(array, constant_name))
+    if image.element_type == TensorProto.FLOAT16:
+        chain.add("Cast", to=TensorProto.FLOAT16)
+    if planes and image.channels_last:
+        chain.add("Transpose", perm=[0, 2, 3, 1])
+    elif not planes and not image.channels_last:
+        chain.add("Transpose", perm=[0, 3, 1, 2])
+    chain.add("Identity")
+    chain.nodes[-1].output[:] = [name]
+    return chain.nodes, chain.constants
+
+
+class _Chain:
+    """Nodes, each of which reads what the one before gives."""
+
+    def __init__(self, start: str) -> None:
+        self.current = start
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[TensorProto] = []
+
+    def add(self, operator: str, constant: TensorProto | None = None, **attributes: Any) -> None:
+        number = len(self.nodes)
+        read = [self.current, *([constant.name] if constant else [])]
+        node = helper.make_node(operator, read, [f"normalise_{number}"], name=f"{operator.lower()}_{number}", **attributes)
+        self.append(node, constant)
+
+    def append(self, node: onnx.NodeProto, constant: TensorProto | None) -> None:
+        self.nodes.append(node)
+        self.constants += [constant] if constant else []
+        self.current = node.output[0]
 
 
 def _num_classes(middle: onnx.ModelProto, logits: str) -> int | str:

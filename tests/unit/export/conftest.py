@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from distill.teacher_info import Preprocessing, TeacherInfo
@@ -110,3 +113,63 @@ def stamped(teacher_model: Path, tmp_path: Path) -> tuple[Path, TeacherInfo]:
     path = tmp_path / "stamped.onnx"
     path.write_bytes(teacher_model.read_bytes())
     return path, stamp_teacher(path, name="tiny", class_names=CLASS_NAMES, preprocessing=PREPROCESSING)
+
+
+NUM_HAND_MADE_CLASSES = 6
+
+
+def make_teacher(middle: list[onnx.NodeProto] | None = None, constants: dict[str, float] | None = None, opset: int = 20) -> onnx.ModelProto:
+    """A teacher graph node by node, each with a name; nothing is exported for it.
+
+    images -> /255 -> Conv -> Relu -> `middle` (from `features` to `seen`) -> pool -> Gemm -> logits -> soft labels.
+    """
+    generator = np.random.default_rng(11)
+    arrays = {
+        "scale": np.array([255.0]),
+        "kernels": generator.normal(0, 0.6, (8, 3, 3, 3)),
+        "linear": generator.normal(0, 4, (8, NUM_HAND_MADE_CLASSES)),
+        "bias": generator.normal(0, 1, NUM_HAND_MADE_CLASSES),
+        **{name: np.array([value]) for name, value in (constants or {}).items()},
+    }
+    nodes = [
+        helper.make_node("Cast", ["images"], ["pixels"], name="cast", to=TensorProto.FLOAT),
+        helper.make_node("Div", ["pixels", "scale"], ["scaled"], name="scale_down"),
+        helper.make_node("Transpose", ["scaled"], ["planes"], name="planes_first", perm=[0, 3, 1, 2]),
+        helper.make_node("Conv", ["planes", "kernels"], ["convolved"], name="conv"),
+        helper.make_node("Relu", ["convolved"], ["features"], name="relu"),
+        *(middle or [helper.make_node("Identity", ["features"], ["seen"], name="nothing")]),
+        helper.make_node("GlobalAveragePool", ["seen"], ["pooled"], name="pool"),
+        helper.make_node("Flatten", ["pooled"], ["flat"], name="flatten"),
+        helper.make_node("Gemm", ["flat", "linear", "bias"], ["logits"], name="classifier"),
+        helper.make_node("Div", ["logits", "temperature"], ["tempered"], name="temper"),
+        helper.make_node("Softmax", ["tempered"], ["soft_labels"], name="soften", axis=1),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "classifier",
+        [
+            helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", IMAGE_SIZE, IMAGE_SIZE, 3]),
+            helper.make_tensor_value_info("temperature", TensorProto.FLOAT, ["batch", 1]),
+        ],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", NUM_HAND_MADE_CLASSES]) for name in ("logits", "soft_labels")],
+        [numpy_helper.from_array(array.astype(np.float32), name) for name, array in arrays.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+
+
+def make_loud_teacher() -> onnx.ModelProto:
+    """A teacher whose features are multiplied by 10^6 in two steps, and brought back: 10^6 is beyond fp16, 10^3 is not."""
+    steps = [("loud_1", "thousand"), ("loud_2", "thousand"), ("quiet_1", "thousandth"), ("quiet_2", "thousandth")]
+    names = ["features", "louder", "loudest", "quieter", "seen"]
+    nodes = [helper.make_node("Mul", [names[row], factor], [names[row + 1]], name=name) for row, (name, factor) in enumerate(steps)]
+    return make_teacher(nodes, {"thousand": 1000.0, "thousandth": 0.001})
+
+
+@pytest.fixture
+def hand_made() -> Callable[..., onnx.ModelProto]:
+    return make_teacher
+
+
+@pytest.fixture
+def loud_teacher() -> onnx.ModelProto:
+    return make_loud_teacher()

@@ -86,3 +86,12 @@ def test_a_network_that_onnx_cannot_say_is_named_in_one_line(tmp_path: Path) -> 
         export_student_graph(Moody(), 16, tmp_path / "model.onnx")
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_graph_is_simple_and_crops_go_into_a_cast(teacher_model: Path) -> None:
+    graph = onnx.load(teacher_model).graph
+    operators = [node.op_type for node in graph.node]
+    # What torch writes for pooling behind channels-last memory, for batch norm, and for the size of the batch.
+    assert {"Gather", "Range", "Shape", "BatchNormalization", "Identity", "Dropout", "Constant"}.isdisjoint(operators)
+    assert [node.op_type for node in graph.node if "images" in node.input] == ["Cast"], "TensorRT takes uint8 into nothing else"
+    assert onnx.load(teacher_model).opset_import[0].version == 20

@@ -23,7 +23,7 @@ SETTINGS = TeacherExportSettings(name="tiny", default_temperature=2.0, num_parit
 def test_a_trained_network_becomes_a_served_teacher(network, preprocessing, class_names, crops, image_ids, tmp_path: Path) -> None:
     folder = tmp_path / "teacher"
     info = export_teacher(network, preprocessing, class_names, crops, image_ids, folder, SETTINGS)
-    assert sorted(path.name for path in folder.iterdir()) == ["model.onnx", "parity.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["model.onnx", "parity.json", "worst"]
     assert read_teacher_info(folder / "model.onnx") == info
     assert info.default_temperature == 2.0
     report = ParityReport.model_validate_json((folder / "parity.json").read_text())
@@ -39,7 +39,7 @@ def test_a_graph_that_fails_the_gate_is_not_kept(
     monkeypatch.setattr(teacher, "torch_reference", lambda network: lambda crops_BHWC: np.zeros((len(crops_BHWC), 5)))
     with pytest.raises(ParityError, match="teacher tiny does not say"):
         export_teacher(network, preprocessing, class_names, crops, image_ids, tmp_path, SETTINGS)
-    assert [path.name for path in tmp_path.iterdir()] == ["parity.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parity.json", "worst"]
 
 
 def test_a_ready_onnx_becomes_a_teacher(preprocessing: Preprocessing, crops, image_ids, tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_a_wrong_mean_in_the_wrapping_is_caught(
     preprocessing: Preprocessing, crops, image_ids, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrap = imports.wrap_classifier
-    monkeypatch.setattr(imports, "wrap_classifier", lambda s, t, p, logits: wrap(s, t, p.replace(mean=(0.5, 0.5, 0.5)), logits))
+    monkeypatch.setattr(imports, "wrap_classifier", lambda s, t, p, *more: wrap(s, t, p.replace(mean=(0.5, 0.5, 0.5)), *more))
     with pytest.raises(ParityError, match="logit error"):
         import_onnx(
             _pooled_linear(tmp_path / "s.onnx"), tmp_path, preprocessing, ("a", "b", "c"), crops, image_ids, SETTINGS, logits="hidden"

@@ -57,6 +57,7 @@ def test_gpu_and_defaults(stamped: tuple[Path, TeacherInfo]) -> None:
     config = model_config(stamped[1], RepositorySettings(instance_kind="gpu"))
     assert config.instance_group[0].kind == ModelInstanceGroup.KIND_GPU
     assert "intra_op_thread_count" not in config.parameters
+    assert not config.dynamic_batching.HasField("default_queue_policy")  # with one copy it makes Triton wait half a second now and then
 
 
 def test_tensors_of_the_configuration_are_those_of_the_graph(stamped: tuple[Path, TeacherInfo]) -> None:
