@@ -12,6 +12,7 @@ DistillError                     exit code 1: a failure of ours or of the machin
 │   ├── FingerprintMismatch      labels, store or checkpoint of another teacher, crop recipe or image set
 │   └── RequestRefused           the teacher server was asked for something it cannot do
 ├── TeacherUnavailable           no answer for now: asking again later is right
+│   └── TeacherChanged           another version took its place: ask at once what it is, then again
 ├── TeacherAnswerError           an answer that must not be used: NaN, wrong shape, wrong teacher
 ├── ServerStartError             a server of ours did not come up
 └── StoreError                   the soft-label store cannot be read or written
@@ -72,6 +73,10 @@ class RequestRefused(BadInput):
 
 class TeacherUnavailable(DistillError):
     """The teacher gives no answer now. Asking again later is right."""
+
+
+class TeacherChanged(TeacherUnavailable):
+    """Another version took the teacher's place. `info()` says which; whoever may use its labels asks again at once."""
 
 
 class TeacherAnswerError(DistillError):

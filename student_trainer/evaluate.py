@@ -74,12 +74,17 @@ def _ask(teacher: TeacherAddress, data: DataSettings, rejections: RejectionLog) 
 
 
 async def _ask_teacher(address: TeacherAddress, data: DataSettings, rejections: RejectionLog) -> tuple[FloatArray, IntArray]:
-    """(logits float32 [N,K], labels int64 [N]) from the served teacher: what is judged is what labels."""
+    """(logits float32 [N,K], labels int64 [N]) from the served teacher, one and the same for all: what is judged is what labels.
+
+    Raises:
+        TeacherChanged: another version took its place meanwhile.
+    """
     backend = open_teacher(address)
     logits, labels = [], []
     try:
+        fingerprint = (await backend.info()).fingerprint
         for batch in evaluation_batches(open_labelled(data.test, data), data, rejections):
-            logits.append(await backend.logits(batch.crops_VBHWC[0]))
+            logits.append(await backend.logits(batch.crops_VBHWC[0], fingerprint=fingerprint))
             labels.append(batch.labels_B)
     finally:
         await backend.close()

@@ -157,7 +157,7 @@ class LabelPath:
                         f"the teacher that answers is {info.fingerprint[:12]},"
                         f" the labels wanted are of {self.store.identity.fingerprint[:12]}"
                     )
-                logits_BK = await self.teacher.logits(crops_BHWC)
+                logits_BK = await self.teacher.logits(crops_BHWC, fingerprint=info.fingerprint)  # another may take its place in between
             except TeacherUnavailable as error:
                 self.waiting_since = self.waiting_since or time.monotonic()
                 away_s = time.monotonic() - asked_at

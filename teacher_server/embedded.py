@@ -17,7 +17,7 @@ import onnxruntime
 
 from distill.errors import RequestRefused, StageMissing, TeacherAnswerError, TeacherUnavailable
 from distill.teacher_info import METADATA_KEY, TeacherInfo
-from distill.wire import IMAGES, LOGITS, SOFT_LABELS, TEMPERATURE
+from distill.wire import IMAGES, LOGITS, SOFT_LABELS, TEMPERATURE, TOP_IDS, TOP_LOGITS
 from teacher_server.backend import CheckedTeacher, Crops, Floats, parse_info
 from teacher_server.model_repository import served_model
 
@@ -74,6 +74,8 @@ class Engine:
 class EmbeddedTeacher(CheckedTeacher):
     """TeacherBackend over an `Engine`, which it closes only if it owns it."""
 
+    carries_top_outputs = True
+
     def __init__(self, engine: Engine, *, owns_engine: bool = True) -> None:
         super().__init__()
         self._engine = engine
@@ -122,4 +124,7 @@ def _read_info(session: onnxruntime.InferenceSession, model: Path) -> TeacherInf
     text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
     if text is None:
         raise RequestRefused(f"{model} does not say which teacher it is (no {METADATA_KEY}); make it with `distill export-teacher`")
-    return parse_info(text, origin=str(model))
+    info = parse_info(text, origin=str(model))
+    if info.top_outputs is not None and not {TOP_IDS, TOP_LOGITS} <= outputs:
+        raise RequestRefused(f"{model} says that it gives {info.top_outputs} top outputs, but its outputs are {sorted(outputs)}")
+    return info

@@ -18,6 +18,8 @@ import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 Tensors = dict[str, NDArray[Any]]
+TEACHER = "distill.teacher"
+"""Key of a teacher's description in the graph's metadata and in the configuration's parameters."""
 
 _GRAPH_LEVELS = {
     -1: onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
@@ -41,6 +43,9 @@ class TritonPythonModel:
         missing = sorted(set(self._output_names) - known)
         if missing:
             raise pb_utils.TritonModelException(f"{path.name} has no output {missing}; it has {sorted(known)}")
+        complaint = _identity_complaint(config, self._session.get_modelmeta().custom_metadata_map, args["model_version"])
+        if complaint:
+            raise pb_utils.TritonModelException(complaint)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One response per request, in order. A bad request gets an error of its own and does not disturb the others."""
@@ -99,6 +104,19 @@ def session_options(config: dict[str, Any]) -> onnxruntime.SessionOptions:
     # Idle sessions must not spin: several models and the decoders share these cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
+
+
+def _identity_complaint(config: dict[str, Any], metadata: dict[str, str], version: str) -> str | None:
+    """A complaint where file and configuration are of two teachers, as a crash while a version is replaced leaves them."""
+    described = json.loads(config.get("parameters", {}).get(TEACHER, {}).get("string_value", "null"))
+    stamped = json.loads(metadata.get(TEACHER, "null"))
+    # While versions change, the configuration describes the old one only.
+    if described and stamped and str(described["version"]) == version and described["fingerprint"] != stamped["fingerprint"]:
+        return (
+            f"version {version} holds teacher {stamped['fingerprint'][:12]}, config.pbtxt describes {described['fingerprint'][:12]}:"
+            " export it again, or run `distill repository activate` on it"
+        )
+    return None
 
 
 def _complaint(inputs: Tensors) -> str | None:

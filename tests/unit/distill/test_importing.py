@@ -112,7 +112,7 @@ class TestKinds:
     def test_onnx(self, uint8_onnx: Path, photos: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         out = tmp_path / "teacher"
         assert run_command(["import", "onnx", str(uint8_onnx), "--out", str(out), "--classes", "ant,bee,cat", "--images", photos]) == 0
-        assert sorted(path.name for path in out.iterdir()) == ["model.onnx", "parity.json"]
+        assert sorted(path.name for path in out.iterdir()) == ["model.onnx", "parity.json", "worst"]
         assert json.loads((out / "parity.json").read_text())["num_images"] == 3
         info = read_teacher_info(out / "model.onnx")
         assert (info.class_names, info.preprocessing) == (CLASSES, Preprocessing(image_size=SIZE, crop_ratio=1.0))
