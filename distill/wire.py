@@ -30,12 +30,15 @@ IMAGES = "images"
 TEMPERATURE = "temperature"
 LOGITS = "logits"
 SOFT_LABELS = "soft_labels"
+TOP_IDS = "top_ids"
+TOP_LOGITS = "top_logits"
 
 CROPS_MEDIA_TYPE = "application/x-distill-crops"
 SOFT_LABELS_MEDIA_TYPE = "application/x-distill-soft-labels"
 WIRE_VERSION = 1
 
 Kind = Literal["probs", "logits", "log_probs"]
+CropPolicy = Literal["teacher", "as-is"]
 
 _CROPS_MAGIC = b"DCRP"
 _LABELS_MAGIC = b"DSLB"
@@ -75,6 +78,10 @@ class SoftLabelsHeader(Section):
     """K."""
     top_k: int | None = Field(default=None, ge=1)
     """R: the classes with the largest values, largest first; none: all classes in the order of their ids."""
+    crop: CropPolicy | None = None
+    """Whether the teacher's own evaluation crop was cut from the images, or they were crops already."""
+    class_names: tuple[str, ...] | None = None
+    """Names of all K classes in the order of their ids, if they were asked for."""
     errors: tuple[ItemError, ...] = ()
     """The images without a label; their rows are NaN."""
 
@@ -97,7 +104,8 @@ def encode_crops(crops_BHWC: NDArray[np.uint8]) -> bytes:
     if crops_BHWC.dtype != np.uint8 or crops_BHWC.ndim != 4 or crops_BHWC.shape[3] != 3:
         raise RequestRefused(f"crops must be uint8 [B,H,W,3], got {crops_BHWC.dtype} {list(crops_BHWC.shape)}")
     num_crops, height, width, _ = crops_BHWC.shape
-    return _CROPS_HEAD.pack(_CROPS_MAGIC, WIRE_VERSION, 0, num_crops, height, width) + crops_BHWC.tobytes()
+    head = _CROPS_HEAD.pack(_CROPS_MAGIC, WIRE_VERSION, 0, num_crops, height, width)
+    return b"".join((head, np.ascontiguousarray(crops_BHWC).data))  # copies the pixels once, `+` would do it twice
 
 
 def decode_crops(body: bytes) -> NDArray[np.uint8]:

@@ -1,78 +1,112 @@
 """The REST gateway: images in, soft labels out.
 
-Flow of one request: (1) the query is checked; (2) the body is read, never more than the limit; (3) threads decode and centre-crop; (4) the
-teacher is asked for the one tensor needed; (5) threads make the JSON. A deadline that passes cancels whichever step it finds, a client that
-hangs up cancels the question to the teacher. Unit of data: one HTTP request. This process never imports torch.
+Flow of one request: (1) its key is looked up; (2) the query is checked; (3) the body is read, never more than the limit; (4) its images are
+charged to the tenant's quota; (5) threads decode and cut; (6) it waits for its tenant's turn; (7) the teacher is asked for the one tensor
+needed; (8) threads make the JSON. A deadline that passes cancels whichever step it finds, and so does a client that hangs up.
+Unit of data: one HTTP request. This process never imports torch.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import AsyncIterator, Coroutine
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
 from distill import __version__
-from distill.errors import DistillError
+from distill.errors import TeacherChanged
 from distill.teacher_info import TeacherInfo
-from distill.wire import CROPS_MEDIA_TYPE, SOFT_LABELS_MEDIA_TYPE
+from distill.wire import SOFT_LABELS_MEDIA_TYPE
+from teacher_server.accept import JSON_MEDIA_TYPE, wants_binary
+from teacher_server.access import Access
 from teacher_server.answers import ask_teacher, binary_body, check_query, json_body, make_message
-from teacher_server.backend import TeacherBackend
-from teacher_server.intake import IMAGE_MEDIA_TYPES, take_in
+from teacher_server.backend import Floats, TeacherBackend
+from teacher_server.bodies import BodyMemory
+from teacher_server.decoding_pool import DecodingPool
+from teacher_server.docs_page import add_docs
+from teacher_server.failures import answer_failures
+from teacher_server.fair_queue import FairQueue
+from teacher_server.intake import Intake, Submission, make_crops, receive
+from teacher_server.live_stats import LiveStats, StatsAnswer, watch_requests
 from teacher_server.metrics import GatewayMetrics, count_requests
-from teacher_server.problems import Problem, problem_of
-from teacher_server.schemas import ErrorBody, Health, ImagesRequest, ModelCard, ModelList, SoftLabelsAnswer, SoftLabelsQuery
+from teacher_server.openapi import LABELS_BODY, LABELS_RESPONSES, document, errors
+from teacher_server.page import add_page
+from teacher_server.problems import Problem
+from teacher_server.quotas import TenantUsage
+from teacher_server.readiness import Readiness
+from teacher_server.schemas import Health, ModelCard, ModelList, SoftLabelsAnswer, SoftLabelsQuery
+from teacher_server.security import guard, seal
 from teacher_server.settings import ServerSettings
 
 T = TypeVar("T")
+Parity = Mapping[str, dict[str, Any]]
 
-_BINARY = {"schema": {"type": "string", "format": "binary"}}
-_ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorBody} for status in (404, 413, 415, 422, 502, 503, 504)}
-_LABELS_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            **dict.fromkeys((*IMAGE_MEDIA_TYPES, CROPS_MEDIA_TYPE), _BINARY),
-            "application/json": {"schema": ImagesRequest.model_json_schema()},
-        },
-    }
-}
+_READY_TIMEOUT_S = 10.0
+_MOST_CHANGES = 3  # so often may another version take the teacher's place while one request is answered
 
 
-def create_app(teacher: TeacherBackend, settings: ServerSettings) -> FastAPI:
-    """The gateway before one teacher, which it closes at its end."""
-    service = _Service(teacher, settings)
+def create_app(teacher: TeacherBackend, settings: ServerSettings, parity: Parity | None = None, access: Access | None = None) -> FastAPI:
+    """The gateway before one teacher, which it closes at its end.
+
+    Args:
+        teacher: asked from the event loop that runs the app.
+        settings: limits, keys and quotas.
+        parity: fingerprint -> what the parity gate measured of that teacher when it was exported, for its model card.
+        access: who may ask; by default what the settings and the environment say.
+
+    Raises:
+        ConfigError: API keys are wanted and there are none.
+    """
+    service = _Service(teacher, settings, parity or {})
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        service.threads.shutdown(wait=False, cancel_futures=True)
+        service.pool.close()
         await teacher.close()
 
-    app = FastAPI(title="distill teacher", version=__version__, lifespan=lifespan, description="Soft labels of a served image classifier.")
-    _answer_errors(app)
-    _add_routes(app, service)
+    app = FastAPI(
+        title="distill teacher",
+        version=__version__,
+        lifespan=lifespan,
+        description="Soft labels of a served image classifier.",
+        docs_url=None,  # FastAPI's own pages load scripts from a CDN
+        redoc_url=None,
+        redirect_slashes=False,  # a redirect would go wherever the request's Host header says
+    )
+    answer_failures(app, service.metrics)
+    _add_labels(app, service)
+    _add_models(app, service)
+    _add_health(app, service)
+    document(app)
+    add_docs(app)
+    add_page(app)
+    guard(app, access or Access(settings))
     count_requests(app, service.metrics)
+    watch_requests(app, service.live, "/v1/soft-labels")
+    seal(app, settings.max_body_bytes)
     return app
 
 
 class _Service:
     """What the routes share."""
 
-    def __init__(self, teacher: TeacherBackend, settings: ServerSettings) -> None:
+    def __init__(self, teacher: TeacherBackend, settings: ServerSettings, parity: Parity) -> None:
         self.teacher = teacher
         self.settings = settings
+        self.parity = parity
+        self.queue = FairQueue(settings.max_images_in_flight, settings.max_queued_images_per_tenant, settings.max_queued_images)
+        self.pool = DecodingPool()
+        self.bodies = BodyMemory(settings.max_buffered_bytes)
+        self.readiness = Readiness(teacher, min(_READY_TIMEOUT_S, settings.triton.request_timeout_s))
         self.metrics = GatewayMetrics()
-        self.threads = ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="gateway-decode")
+        self.metrics.watch_queue(self.queue)
+        self.live = LiveStats(lambda: self.queue.waiting_requests)
 
     async def model(self, name: str | None) -> TeacherInfo:
         """The teacher, if it has that name. Raises Problem 404."""
@@ -81,102 +115,129 @@ class _Service:
             raise Problem(404, "not_found", f"there is no model {name[:100]!r}; this server has {info.name!r}")
         return info
 
-    async def soft_labels(self, request: Request, query: SoftLabelsQuery) -> Response:
+    async def card(self, name: str | None) -> ModelCard:
+        """What is published of the teacher. Raises as `model`."""
+        info = await self.model(name)
+        return ModelCard.of(info, self.parity.get(info.fingerprint))
+
+    async def soft_labels(self, request: Request, query: SoftLabelsQuery, tenant: TenantUsage) -> Response:
         """Answer one request for soft labels."""
-        info = await self.model(query.model)
-        binary = SOFT_LABELS_MEDIA_TYPE in request.headers.get("accept", "")
-        check_query(query, info, binary=binary)
-        intake = await take_in(request, info.preprocessing, self.settings, self.threads)
+        binary = wants_binary(", ".join(request.headers.getlist("accept")))
+        limit_s = self.settings.triton.request_timeout_s
+        deadline = asyncio.get_running_loop().time() + limit_s
+        too_late = Problem(504, "deadline", f"no answer within {limit_s:g} s (server.triton.request_timeout_s)")
+        too_slow = Problem(408, "slow_body", f"the body did not arrive within {limit_s:g} s (server.triton.request_timeout_s)")
+        with tenant.enter(), self.bodies.hold() as held:
+            async with _until(deadline, too_late):
+                check_query(query, await self.model(query.model))
+            async with _until(deadline, too_slow):
+                sent = await receive(request, held, self.settings, self.pool)
+            self.queue.check_room(tenant.name, sent.num_images)  # before anything is decoded in vain
+            tenant.charge(sent.num_images)
+            async with _until(deadline, too_late):
+                return await _unless_gone(request, self._answer(sent, query, tenant, binary))
+
+    async def _answer(self, sent: Submission, query: SoftLabelsQuery, tenant: TenantUsage, binary: bool) -> Response:
+        info, intake, values_GK = await self._label(sent, query, tenant)
+        self._count(tenant, intake)
+        work = partial(_body, info, query, intake, values_GK, binary)
+        # The usual answer for programs costs less than handing it to a thread.
+        small = binary and query.top_k is None and query.kind != "log_probs" and not intake.errors
+        body = work() if small else await self.pool.run(work)
+        return Response(body, 207 if intake.errors else 200, media_type=SOFT_LABELS_MEDIA_TYPE if binary else JSON_MEDIA_TYPE)
+
+    async def _label(self, sent: Submission, query: SoftLabelsQuery, tenant: TenantUsage) -> tuple[TeacherInfo, Intake, Floats]:
+        """All labels are those of the teacher returned with them; if another version takes its place meanwhile, all are asked for anew."""
+        intake, cut_for = None, None
+        for _ in range(_MOST_CHANGES):
+            info = await self.model(query.model)
+            check_query(query, info)
+            if intake is None or cut_for != info.preprocessing:
+                with self.metrics.decode.time():
+                    intake = await make_crops(sent, query.crop, info, self.settings, self.pool, tenant)
+                cut_for = info.preprocessing
+            try:
+                return info, intake, await self._ask_in_turn(info, intake, query, tenant)
+            except TeacherChanged as error:
+                changed = error
+        raise changed
+
+    async def _ask_in_turn(self, info: TeacherInfo, intake: Intake, query: SoftLabelsQuery, tenant: TenantUsage) -> Floats:
         temperature = query.temperature or info.default_temperature
-        values_GK = await _unless_gone(request, ask_teacher(self.teacher, query, temperature, intake.crops_GHWC))
-        self.metrics.images.labels("labelled").inc(len(intake.crops_GHWC))
-        self.metrics.images.labels("rejected").inc(len(intake.errors))
-        message = make_message(info, query, temperature, intake, values_GK)
-        if binary:
-            return Response(binary_body(message), media_type=SOFT_LABELS_MEDIA_TYPE)
-        names = info.class_names if query.names else None
-        body = await asyncio.get_running_loop().run_in_executor(self.threads, json_body, message, names)
-        return Response(body, media_type="application/json")
+        came = time.perf_counter()
+        async with self.queue.turn(tenant.name, tenant.quota.weight, len(intake.crops_GHWC)):
+            self.metrics.wait.observe(time.perf_counter() - came)
+            with self.metrics.teacher.time():
+                return await ask_teacher(self.teacher, query, temperature, intake.crops_GHWC, info.fingerprint)
+
+    def _count(self, tenant: TenantUsage, intake: Intake) -> None:
+        label = self.metrics.tenant_label(tenant.name)
+        self.metrics.batch.observe(intake.num_images)
+        self.metrics.images.labels(label, "labelled").inc(len(intake.crops_GHWC))
+        self.metrics.images.labels(label, "rejected").inc(len(intake.errors))
+        self.live.labelled(len(intake.crops_GHWC))
 
 
-def _add_routes(app: FastAPI, service: _Service) -> None:
-    @app.post(
-        "/v1/soft-labels",
-        response_model=SoftLabelsAnswer,
-        responses={200: {"content": {SOFT_LABELS_MEDIA_TYPE: _BINARY}}, **_ERRORS},
-        openapi_extra=_LABELS_BODY,
-    )
+def _add_labels(app: FastAPI, service: _Service) -> None:
+    @app.post("/v1/soft-labels", response_model=SoftLabelsAnswer, responses=LABELS_RESPONSES, openapi_extra=LABELS_BODY)
     async def soft_labels(request: Request, query: Annotated[SoftLabelsQuery, Query()]) -> Response:
-        """Soft labels of one image (the file as the body), of several (JSON), or of ready crops (binary).
+        """Soft labels of one image (the file as the body), of several (a form with files, or JSON), or of ready crops (binary).
 
-        One unusable image among several gets an error in its place; a request without any usable image is answered with 422.
-        `Accept: application/x-distill-soft-labels` gives the binary form.
+        One unusable image among several gets an error in its place, and the status is 207; a request without any usable image is
+        answered with 422. `Accept: application/x-distill-soft-labels` gives the binary form.
         """
-        try:
-            async with asyncio.timeout(service.settings.triton.request_timeout_s):
-                return await service.soft_labels(request, query)
-        except TimeoutError as error:
-            limit = service.settings.triton.request_timeout_s
-            raise Problem(504, "deadline", f"no answer within {limit:g} s (server.triton.request_timeout_s)") from error
+        return await service.soft_labels(request, query, request.scope["tenant"])
 
-    @app.get("/v1/models", responses={503: _ERRORS[503]})
+    @app.get("/v1/stats", responses=errors(401))
+    async def stats() -> StatsAnswer:
+        """The last 60 seconds: requests, images, latency and errors, second by second."""
+        return service.live.report()
+
+
+def _add_models(app: FastAPI, service: _Service) -> None:
+    @app.get("/v1/models", responses=errors(401, 502, 503))
     async def models() -> ModelList:
         """The served teachers."""
-        return ModelList(models=[ModelCard.of(await service.model(None))])
+        return ModelList(models=[await service.card(None)])
 
-    @app.get("/v1/models/{name}", responses={404: _ERRORS[404], 503: _ERRORS[503]})
+    @app.get("/v1/models/{name}", responses=errors(401, 404, 422, 502, 503))
     async def model(name: str) -> ModelCard:
-        """One teacher: version, fingerprint, classes, preprocessing."""
-        return ModelCard.of(await service.model(name))
+        """One teacher: version, fingerprint, classes, preprocessing, and what its parity gate measured."""
+        return await service.card(name)
 
+
+def _add_health(app: FastAPI, service: _Service) -> None:
     @app.get("/healthz")
     async def healthz() -> Health:
         """The gateway runs; says nothing of the teacher."""
         return Health(status="ok")
 
-    @app.get("/readyz", responses={503: _ERRORS[503]})
+    @app.get("/readyz", responses=errors(503))
     async def readyz() -> Health:
-        """A label really comes out of the teacher now."""
-        if not await service.teacher.ready():
+        """A label really comes out of the teacher, now or within the last second."""
+        if not await service.readiness.ready():
             raise Problem(503, "teacher_unavailable", "the teacher gives no label now")
         return Health(status="ok")
 
-    @app.get("/metrics", response_class=Response)
+    @app.get("/metrics", response_class=Response, responses=errors(401))
     async def metrics() -> Response:
         """Prometheus metrics of the gateway."""
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
-def _answer_errors(app: FastAPI) -> None:
-    """Every failure leaves as the same body; problems.py says with which status."""
+def _body(info: TeacherInfo, query: SoftLabelsQuery, intake: Intake, values_GK: Floats, binary: bool) -> bytes:
+    message = make_message(info, query, query.temperature or info.default_temperature, intake, values_GK)
+    return binary_body(message) if binary else json_body(message)
 
-    @app.exception_handler(Problem)
-    async def problem(request: Request, error: Problem) -> JSONResponse:
-        return error.answer()
 
-    @app.exception_handler(DistillError)
-    async def ours(request: Request, error: DistillError) -> JSONResponse:
-        return problem_of(error).answer()
-
-    @app.exception_handler(RequestValidationError)
-    async def bad_query(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        return Problem(422, "bad_query", f"{where}: {first['msg']}").answer()
-
-    @app.exception_handler(HTTPException)
-    async def http(request: Request, error: HTTPException) -> JSONResponse:
-        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http")
-        return Problem(error.status_code, code, f"{request.method} {request.url.path[:100]}: {error.detail}").answer()
-
-    @app.exception_handler(ClientDisconnect)
-    async def gone(request: Request, error: ClientDisconnect) -> JSONResponse:
-        return Problem(499, "client_gone", "the client hung up within its body").answer()
-
-    @app.exception_handler(Exception)
-    async def unforeseen(request: Request, error: Exception) -> JSONResponse:
-        # The log has the traceback; a stranger gets no look inside.
-        return Problem(500, "internal", "the gateway failed; its log says why").answer()
+@asynccontextmanager
+async def _until(deadline: float, problem: Problem) -> AsyncIterator[None]:
+    """The block, which ends with `problem` when the event loop's clock is at `deadline`."""
+    try:
+        async with asyncio.timeout_at(deadline):
+            yield
+    except TimeoutError as error:
+        raise problem from error
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

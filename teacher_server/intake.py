@@ -1,16 +1,16 @@
-"""From the body of a REST request to crops: a single image file, several in JSON, or ready crops in the binary form.
+"""From the body of a REST request to crops: one image file, several in a form or in JSON, or ready crops in the binary form.
 
-Flow: HTTP body -> bytes, at most so many -> decode and centre-crop in threads -> uint8 crops, and a list of the images that cannot be used.
+Flow: HTTP body -> `receive`: the images are counted, nothing is decoded yet -> `make_crops`: threads decode and cut -> uint8 crops, and a
+list of the images that cannot be used.
 Unit of data: one request of B images, of which G are good. Nothing here blocks the event loop.
 """
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import binascii
-from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from fastapi import Request
@@ -19,14 +19,35 @@ from pydantic import ValidationError
 
 from distill.crops import center_crop, decode_image
 from distill.errors import ImageError, RequestRefused
-from distill.teacher_info import Preprocessing
-from distill.wire import CROPS_MEDIA_TYPE, ItemError, decode_crops
+from distill.teacher_info import Preprocessing, TeacherInfo
+from distill.wire import CROPS_MEDIA_TYPE, CropPolicy, ItemError, decode_crops
+from teacher_server.backend import check_crops
+from teacher_server.bodies import HeldBody, read_body, read_files
+from teacher_server.decoding_pool import DecodingPool
 from teacher_server.problems import Problem
+from teacher_server.quotas import TenantUsage
 from teacher_server.schemas import ImagesRequest
 from teacher_server.settings import ServerSettings
 
 IMAGE_MEDIA_TYPES = ("image/jpeg", "image/png", "image/webp")
+FORM_MEDIA_TYPE = "multipart/form-data"
 JSON_MEDIA_TYPE = "application/json"
+MEDIA_TYPES = (*IMAGE_MEDIA_TYPES, FORM_MEDIA_TYPE, JSON_MEDIA_TYPE, CROPS_MEDIA_TYPE)
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What a client sent: either `files` (encoded images; in JSON, their base64 text) or uint8 `crops_BHWC`."""
+
+    files: list[bytes | str]
+    crops_BHWC: NDArray[np.uint8] | None = None
+    single: bool = False
+    """The body is one image itself, so a bad image is a bad request."""
+
+    @property
+    def num_images(self) -> int:
+        """B."""
+        return len(self.files) if self.crops_BHWC is None else len(self.crops_BHWC)
 
 
 @dataclass(frozen=True)
@@ -37,86 +58,96 @@ class Intake:
     crops_GHWC: NDArray[np.uint8]
     positions_G: NDArray[np.intp]
     errors: tuple[ItemError, ...]
+    policy: CropPolicy
 
 
-async def take_in(request: Request, preprocessing: Preprocessing, settings: ServerSettings, threads: Executor) -> Intake:
-    """Read and decode one request.
+async def receive(request: Request, held: HeldBody, settings: ServerSettings, pool: DecodingPool) -> Submission:
+    """Read one request to its end.
 
     Raises:
-        Problem: 413 body too large, 415 unknown media type.
-        ImageError: the body is one image, and a bad one.
-        RequestRefused: malformed JSON or crops, too many images, or not one usable image among several.
+        Problem: 413 body too large, 415 unknown media type, 503 too many bodies in memory.
+        RequestRefused: a malformed form, JSON or crops, or no image, or too many.
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type not in (*IMAGE_MEDIA_TYPES, JSON_MEDIA_TYPE, CROPS_MEDIA_TYPE):
-        known = ", ".join((*IMAGE_MEDIA_TYPES, JSON_MEDIA_TYPE, CROPS_MEDIA_TYPE))
-        raise Problem(415, "unsupported_media_type", f"content type {media_type[:100] or 'none'!r} is not one of {known}")
-    body = await read_body(request, settings.max_body_bytes)
+    if media_type not in MEDIA_TYPES:
+        raise Problem(415, "unsupported_media_type", f"content type {media_type[:100] or 'none'!r} is not one of {', '.join(MEDIA_TYPES)}")
+    if media_type in IMAGE_MEDIA_TYPES and settings.max_image_bytes < settings.max_body_bytes:
+        return Submission([await read_body(request, settings.max_image_bytes, held, "max_image_bytes")], single=True)
+    if media_type == FORM_MEDIA_TYPE:
+        files: list[bytes | str] = [*await read_files(request, settings.max_body_bytes, held, settings.max_batch)]
+        return _counted(Submission(files), settings.max_batch)
+    body = await read_body(request, settings.max_body_bytes, held)
     if media_type == CROPS_MEDIA_TYPE:
-        return _ready_crops(body, settings.max_batch)
-    loop = asyncio.get_running_loop()
-    if media_type in IMAGE_MEDIA_TYPES:
-        crop = await loop.run_in_executor(threads, _one_crop, body, preprocessing, settings.max_image_pixels)
-        return Intake(1, crop[None], np.zeros(1, np.intp), ())
-    texts = await loop.run_in_executor(threads, _image_texts, body, settings.max_batch)
-    jobs = [
-        loop.run_in_executor(threads, _crop_or_error, text, i, preprocessing, settings.max_image_pixels) for i, text in enumerate(texts)
-    ]
-    return _sorted_out(await asyncio.gather(*jobs))
+        return _counted(Submission([], decode_crops(body)), settings.max_batch)
+    if media_type == JSON_MEDIA_TYPE:
+        return _counted(Submission(await pool.run(partial(_image_texts, body))), settings.max_batch)
+    return Submission([body], single=True)
 
 
-async def read_body(request: Request, limit: int) -> bytes:
-    """The body, refused as soon as it is known to be over `limit` bytes: a client's Content-Length is believed only if it is too large."""
-    announced = request.headers.get("content-length", "")
-    too_large = Problem(413, "too_large", f"the body is over {limit} bytes (server.max_body_bytes); send fewer images at once")
-    if announced.isdigit() and int(announced) > limit:
-        raise too_large
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise too_large
-    return bytes(body)
+async def make_crops(
+    sent: Submission, policy: CropPolicy | None, info: TeacherInfo, settings: ServerSettings, pool: DecodingPool, tenant: TenantUsage
+) -> Intake:
+    """The crops that the teacher is asked about.
 
-
-def _ready_crops(body: bytes, max_batch: int) -> Intake:
-    crops_BHWC = decode_crops(body)
-    _check_count(len(crops_BHWC), max_batch)
-    return Intake(len(crops_BHWC), crops_BHWC, np.arange(len(crops_BHWC)), ())
-
-
-def _image_texts(body: bytes, max_batch: int) -> list[str]:
-    try:
-        texts = ImagesRequest.model_validate_json(body).images
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise RequestRefused(f'the JSON body must be {{"images": [base64, ...]}}; {where + ": " if where else ""}{first["msg"]}') from error
-    _check_count(len(texts), max_batch)
-    return texts
-
-
-def _check_count(num_images: int, max_batch: int) -> None:
-    if not 1 <= num_images <= max_batch:
-        raise RequestRefused(f"a request holds 1 to {max_batch} images (server.max_batch), got {num_images}")
-
-
-def _crop_or_error(text: str, index: int, preprocessing: Preprocessing, max_pixels: int) -> NDArray[np.uint8] | ItemError:
-    try:
-        return _one_crop(base64.b64decode(text, validate=True), preprocessing, max_pixels)
-    except (binascii.Error, ValueError):  # ValueError: characters beyond ASCII
-        return ItemError(index=index, code="bad_base64", message="this is not base64")
-    except ImageError as error:
-        return ItemError(index=index, code="bad_image", message=error.reason)
-
-
-def _one_crop(data: bytes, preprocessing: Preprocessing, max_pixels: int) -> NDArray[np.uint8]:
-    return center_crop(decode_image(data, max_pixels), preprocessing.image_size, preprocessing.crop_ratio)
-
-
-def _sorted_out(results: list[NDArray[np.uint8] | ItemError]) -> Intake:
+    Raises:
+        Problem: 422 there is not one usable image.
+        RequestRefused: ready crops of another size, or a policy that ready crops cannot have.
+    """
+    if sent.crops_BHWC is not None:
+        if policy == "teacher":
+            raise RequestRefused("crops in binary form are taken as they are; crop=teacher cuts image files")
+        check_crops(sent.crops_BHWC, info)
+        return Intake(sent.num_images, sent.crops_BHWC, np.arange(sent.num_images), (), "as-is")
+    policy = policy or "teacher"
+    results = await pool.map(tenant, partial(_crop_or_error, info.preprocessing, policy, settings), sent.files)
     errors = tuple(result for result in results if isinstance(result, ItemError))
     good = [(position, result) for position, result in enumerate(results) if not isinstance(result, ItemError)]
-    if not good:  # an answer without a single label is not a success
-        raise RequestRefused(f"none of the {len(results)} images can be used; the first: {errors[0].message}")
-    return Intake(len(results), np.stack([crop for _, crop in good]), np.array([position for position, _ in good], np.intp), errors)
+    if good:
+        positions_G = np.array([position for position, _ in good], np.intp)
+        return Intake(len(results), np.stack([crop for _, crop in good]), positions_G, errors, policy)
+    if sent.single:
+        raise Problem(422, errors[0].code, f"this image cannot be used: {errors[0].message}")
+    # An answer without a single label is not a success.
+    raise Problem(422, "refused", f"none of the {len(results)} images can be used; the first: {errors[0].message}", items=errors)
+
+
+def _counted(sent: Submission, max_batch: int) -> Submission:
+    if not 1 <= sent.num_images <= max_batch:
+        raise RequestRefused(f"a request holds 1 to {max_batch} images (server.max_batch), got {sent.num_images}")
+    return sent
+
+
+def _image_texts(body: bytes) -> list[bytes | str]:
+    try:
+        return [*ImagesRequest.model_validate_json(body).images]
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise RequestRefused(
+            f'the JSON body must be {{"images": [base64, ...]}}; {where + ": " if where else ""}{first["msg"]}'
+        ) from None  # the validator's error holds the body
+
+
+def _crop_or_error(
+    preprocessing: Preprocessing, policy: CropPolicy, settings: ServerSettings, index: int, file: bytes | str
+) -> NDArray[np.uint8] | ItemError:
+    """Runs in a thread. Never raises for what a client sent."""
+    try:
+        data = base64.b64decode(file, validate=True) if isinstance(file, str) else file
+    except (binascii.Error, ValueError):  # ValueError: characters beyond ASCII
+        return ItemError(index=index, code="bad_base64", message="this is not base64")
+    if len(data) > settings.max_image_bytes:
+        message = f"the image has {len(data)} bytes, over {settings.max_image_bytes} (server.max_image_bytes)"
+        return ItemError(index=index, code="too_large", message=message)
+    try:
+        pixels_HWC = decode_image(data, settings.max_image_pixels)
+    except ImageError as error:
+        return ItemError(index=index, code="bad_image", message=error.reason)
+    size = preprocessing.image_size
+    if policy == "teacher":
+        return center_crop(pixels_HWC, size, preprocessing.crop_ratio)
+    height, width = pixels_HWC.shape[:2]
+    if (height, width) == (size, size):
+        return pixels_HWC
+    message = f"the image is {height} x {width} pixels (height x width), a crop for this teacher {size} x {size}; crop=teacher cuts one"
+    return ItemError(index=index, code="wrong_size", message=message)

@@ -1,6 +1,7 @@
 """What the gateway counts, for Prometheus: `GET /metrics`.
 
-Unit of data: one HTTP request. Keys are fixed; labels have few values (route templates and statuses, never names or paths of clients).
+Unit of data: one HTTP request. Keys are fixed; labels have few values: route templates, statuses, codes of errors, the first hundred
+tenants; never what a client can make up.
 """
 
 from __future__ import annotations
@@ -11,7 +12,12 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from teacher_server.fair_queue import FairQueue
+
 _LATENCY_BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+_BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+_MOST_TENANTS = 100
+_OTHERS = "other"
 
 
 class GatewayMetrics:
@@ -20,11 +26,39 @@ class GatewayMetrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter("distill_gateway_requests", "HTTP requests", ["route", "status"], registry=self.registry)
-        self.images = Counter("distill_gateway_images", "Images by outcome: labelled or rejected", ["outcome"], registry=self.registry)
+        self.images = Counter(
+            "distill_gateway_images", "Images by outcome: labelled or rejected", ["tenant", "outcome"], registry=self.registry
+        )
+        self.refusals = Counter("distill_gateway_refusals", "Requests that got an error", ["tenant", "code"], registry=self.registry)
         self.latency = Histogram(
             "distill_gateway_latency_seconds", "Request in to answer out", ["route"], buckets=_LATENCY_BUCKETS_S, registry=self.registry
         )
         self.in_flight = Gauge("distill_gateway_in_flight", "Requests being worked on", registry=self.registry)
+        self.batch = Histogram("distill_gateway_batch_images", "Images of one request", buckets=_BATCH_BUCKETS, registry=self.registry)
+        self.decode = self._seconds("decode", "From the whole body to its crops")
+        self.wait = self._seconds("queue_wait", "Waiting for the turn before the teacher")
+        self.teacher = self._seconds("teacher", "From the question to the teacher's answer")
+        self._tenants: set[str] = set()
+
+    def watch_queue(self, queue: FairQueue) -> None:
+        """Show how much waits and how much the teacher is being asked for, as it is when Prometheus looks."""
+        for name, text, value in (
+            ("queue_images", "Images that wait for the teacher", lambda: queue.waiting_images),
+            ("queue_requests", "Requests that wait for the teacher", lambda: queue.waiting_requests),
+            ("teacher_images", "Images that the teacher is being asked for", lambda: queue.in_flight_images),
+        ):
+            Gauge(f"distill_gateway_{name}", text, registry=self.registry).set_function(value)
+
+    def tenant_label(self, tenant: str) -> str:
+        """The tenant's name, for the first hundred of them; the number of time series stays bounded."""
+        if tenant not in self._tenants:
+            if len(self._tenants) >= _MOST_TENANTS:
+                return _OTHERS
+            self._tenants.add(tenant)
+        return tenant
+
+    def _seconds(self, name: str, text: str) -> Histogram:
+        return Histogram(f"distill_gateway_{name}_seconds", text, buckets=_LATENCY_BUCKETS_S, registry=self.registry)
 
     def text(self) -> bytes:
         """The Prometheus text format."""

@@ -1,33 +1,59 @@
 """Which HTTP status each failure has: the one place where the project's errors become answers.
 
-    404 not_found   413 too_large   415 unsupported_media_type   422 refused, bad_image, bad_query
-    499 client_gone (only in metrics)   500 internal   502 bad_teacher_answer   503 teacher_unavailable, with Retry-After   504 deadline
+    401 unauthorized            no key, or none that is known
+    404 not_found               405 method_not_allowed          406 not_acceptable
+    408 slow_body               the body did not arrive in time; 504 is kept for what is not the client's doing
+    413 too_large               415 unsupported_media_type
+    422 refused, bad_image, bad_query
+    429 too_many_requests, too_many_images, too_many_at_once (quotas), queue_full
+    499 client_gone             only in metrics
+    500 internal                502 bad_teacher_answer
+    503 teacher_unavailable, overloaded                         504 deadline
 
-Unit of data: one failed request. The body is always {"error": {"code": ..., "message": ...}}.
+Unit of data: one failed request. The body is always {"error": {"code": ..., "message": ...}}; 429 and 503 add `retry_after_s` to it and
+the header Retry-After, and a request without one usable image adds `items`, what is wrong with each.
 """
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 from fastapi.responses import JSONResponse
 
 from distill.errors import BadInput, DistillError, ImageError, TeacherAnswerError, TeacherUnavailable
+from distill.wire import ItemError
 
-RETRY_AFTER_S = 1
+RETRY_AFTER_S = 1.0
 
 
 class Problem(Exception):
     """A request that ends with this status, code and message."""
 
-    def __init__(self, status: int, code: str, message: str) -> None:
+    def __init__(
+        self, status: int, code: str, message: str, *, retry_after_s: float | None = None, items: tuple[ItemError, ...] = ()
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
         self.message = message
+        self.retry_after_s = RETRY_AFTER_S if retry_after_s is None and status == 503 else retry_after_s
+        self.items = items
 
     def answer(self) -> JSONResponse:
-        """The HTTP answer. 503 says when to come back."""
-        headers = {"Retry-After": str(RETRY_AFTER_S)} if self.status == 503 else None
-        return JSONResponse({"error": {"code": self.code, "message": self.message}}, self.status, headers)
+        """The HTTP answer. 429 and 503 say when to come back."""
+        error: dict[str, Any] = {"code": self.code, "message": self.message}
+        headers = {}
+        if self.retry_after_s is not None:
+            error["retry_after_s"] = round(self.retry_after_s, 3)
+            headers["Retry-After"] = str(max(1, math.ceil(self.retry_after_s)))  # whole seconds (RFC 9110, 10.2.3)
+        if self.status == 401:
+            headers["WWW-Authenticate"] = 'Bearer realm="distill"'
+        if self.status == 408:
+            headers["Connection"] = "close"  # the rest of the body is not waited for
+        if self.items:
+            error["items"] = [item.model_dump() for item in self.items]
+        return JSONResponse({"error": error}, self.status, headers)
 
 
 def problem_of(error: DistillError) -> Problem:

@@ -5,24 +5,30 @@ Unit of data: one request about one or more images. The binary bodies, for progr
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 from pydantic import Field
 
 from distill.config import Section
 from distill.teacher_info import Preprocessing, TeacherInfo
-from distill.wire import Kind
+from distill.wire import CropPolicy, ItemError, Kind
 
 
 class SoftLabelsQuery(Section):
     """Query parameters of `POST /v1/soft-labels`. An unknown one is refused: a mistyped temperature must not give other labels."""
 
-    temperature: float | None = Field(default=None, gt=0, le=100)
-    """Softmax temperature, above 0 and at most 100. Default: the teacher's own."""
+    temperature: float | None = Field(default=None, ge=1e-6, le=100)
+    """Softmax temperature, at most 100. Default: the teacher's own. At the lowest one every soft label is a hard one; below it fp32 would
+    not hold logits / temperature."""
     top_k: int | None = Field(default=None, ge=1)
     """Only the classes with the largest values, largest first. Default: all classes, in the order of their ids."""
     kind: Kind = Field(default="probs", alias="return")
     """`probs` (soft labels), `log_probs` (their natural logarithm) or `logits` (before softmax and temperature)."""
     names: bool = False
-    """Add the class names (JSON answers only)."""
+    """Add the class names: to each item in JSON, those of all classes to the header of a binary answer."""
+    crop: CropPolicy | None = None
+    """`teacher`: cut the teacher's own evaluation crop; the default for image files. `as-is`: the images are crops already, of exactly the
+    teacher's size; binary crops always are."""
     model: str | None = None
     """Refuse to answer as any other model than this one."""
 
@@ -43,10 +49,19 @@ class Failure(Section):
     """One line for a person."""
 
 
+class RequestFailure(Failure):
+    """Why a request failed."""
+
+    retry_after_s: float | None = None
+    """With 429 and 503: when to come back, in seconds, finer than the header Retry-After."""
+    items: list[ItemError] | None = None
+    """If not one image of several can be used: what is wrong with each."""
+
+
 class ErrorBody(Section):
     """Body of every answer that is not 2xx."""
 
-    error: Failure
+    error: RequestFailure
     """What went wrong."""
 
 
@@ -76,8 +91,10 @@ class SoftLabelsAnswer(Section):
     """Temperature of the probabilities."""
     kind: Kind
     """What the values are."""
+    crop: CropPolicy
+    """Whether the teacher's own evaluation crop was cut from the images, or they were crops already."""
     items: list[LabelItem]
-    """One per image."""
+    """One per image. With status 207, at least one of them is an error."""
 
 
 class ModelCard(Section):
@@ -96,10 +113,16 @@ class ModelCard(Section):
     default_temperature: float
     """Temperature used when a request names none."""
 
+    precision: Literal["fp32", "fp16", "int8"]
+    """What the graph computes in."""
+    parity: dict[str, Any] | None = None
+    """How far the served graph is from the network it was exported from, as the parity gate measured it. None: not known to this server."""
+
     @classmethod
-    def of(cls, info: TeacherInfo) -> ModelCard:
+    def of(cls, info: TeacherInfo, parity: dict[str, Any] | None = None) -> ModelCard:
         """The public description of a teacher."""
-        return cls.model_validate(info.model_dump())
+        known = {name: getattr(info, name) for name in cls.model_fields if name != "parity"}
+        return cls(**known, parity=parity)
 
 
 class ModelList(Section):

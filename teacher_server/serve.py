@@ -6,17 +6,16 @@ Unit of data: one served teacher. Both are context managers: whatever ends the b
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import uvicorn
 
@@ -24,6 +23,7 @@ from distill.errors import DistillError, ServerStartError
 from teacher_server.address import TeacherAddress, open_teacher
 from teacher_server.backend import TeacherBackend
 from teacher_server.settings import ServerSettings
+from teacher_server.stalled import ImpatientProtocol
 from teacher_server.triton_home import TritonHome, find_triton, triton_home, triton_supported
 
 _START_TIMEOUT_S = 30.0
@@ -128,9 +128,13 @@ class Gateway:
     `with Gateway(served.connect, settings) as gateway:` for a run, `gateway.serve_until_stopped()` inside it for a service.
     """
 
-    def __init__(self, connect: Callable[[], TeacherBackend], settings: ServerSettings) -> None:
+    def __init__(
+        self, connect: Callable[[], TeacherBackend], settings: ServerSettings, parity: Mapping[str, dict[str, Any]] | None = None
+    ) -> None:
+        """`parity`: fingerprint of a teacher -> what its parity gate measured, for its model card."""
         self._connect = connect
         self._settings = settings
+        self._parity = parity
         self._server: uvicorn.Server | None = None
         self._thread: threading.Thread | None = None
         self.port = settings.port
@@ -149,15 +153,21 @@ class Gateway:
         self.stop()
 
     def start(self) -> None:
-        """Listen and answer. Raises ServerStartError when the address is taken."""
+        """Listen and answer. Raises ServerStartError when the address is taken, ConfigError when API keys are wanted and there are none."""
+        from teacher_server.access import open_to_strangers
         from teacher_server.gateway import create_app  # brings FastAPI; connecting to a teacher does without
 
-        app = create_app(self._connect(), self._settings)
+        warning = open_to_strangers(self._settings)
+        if warning:
+            logger.warning("%s", warning)
+        app = create_app(self._connect(), self._settings, self._parity)
         listener = self._listen()
-        config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=_STOP_TIMEOUT_S, lifespan="on")
+        config = uvicorn.Config(
+            app, http=ImpatientProtocol, log_config=None, access_log=False, timeout_graceful_shutdown=_STOP_TIMEOUT_S, lifespan="on"
+        )
         server = uvicorn.Server(config)
         self._server = server
-        self._thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), name="gateway", daemon=True)
+        self._thread = threading.Thread(target=server.run, args=([listener],), name="gateway", daemon=True)
         self._thread.start()
         deadline = time.monotonic() + _START_TIMEOUT_S
         while not server.started:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from distill.config import Section
 
@@ -22,6 +22,25 @@ class TritonSettings(Section):
     """Deadline of one request."""
 
 
+class TenantQuota(Section):
+    """How much one tenant, one user of the gateway, may ask for. Over it the answer is 429 with Retry-After."""
+
+    images_per_s: float | None = Field(default=None, gt=0)
+    """Images a second in the long run. None: no limit."""
+    requests_per_s: float | None = Field(default=None, gt=0)
+    """Requests a second in the long run. None: no limit."""
+    burst_s: float = Field(default=2.0, gt=0)
+    """Images and requests of so many seconds may come at once after a silence."""
+    max_concurrent: int = Field(default=128, ge=1)
+    """Requests under way at once."""
+    weight: float = Field(default=1.0, gt=0)
+    """Share of the teacher while several tenants wait for it, relative to the weights of the others."""
+
+
+def _plain_none(value: Any) -> Any:
+    return "none" if value is False or value == "off" else value  # a bare `off` is False in YAML 1.1
+
+
 class ServerSettings(Section):
     """The served teacher and its REST gateway."""
 
@@ -35,9 +54,34 @@ class ServerSettings(Section):
     """Address that the gateway listens on."""
     port: int = Field(default=8080, ge=0, le=65535)
     """Port of the gateway; 0 takes a free one."""
+    auth: Annotated[Literal["keys", "none"], BeforeValidator(_plain_none)] = "keys"
+    """`keys`: whoever asks shows an API key (`distill keys add`). `none` (or `off`): anybody who reaches the port may ask."""
+    keys_file: str | None = None
+    """File with the hashed API keys and the tenants' quotas. Default: $DISTILL_API_KEYS_FILE. Hashed keys may also stand in
+    $DISTILL_API_KEYS."""
+    quota: TenantQuota = TenantQuota()
+    """Quota of every tenant for which the file of keys says nothing else, and of everybody together with auth `none`."""
+    max_images_in_flight: int = Field(default=256, ge=1)
+    """Images that the teacher is asked for at once; more wait in the queue. A few of its batches keep it busy."""
+    max_queued_images: int = Field(default=4096, ge=1)
+    """Images of all tenants that wait; over it the answer is 429."""
+    max_queued_images_per_tenant: int = Field(default=2048, ge=1)
+    """Images of one tenant that wait; over it the answer is 429. Less than max_queued_images, so that no tenant fills the queue alone."""
+    max_buffered_bytes: int = Field(default=2**30, ge=1024)
+    """Bytes of all request bodies held at once; over it the answer is 503 with Retry-After."""
     max_body_bytes: int = Field(default=32 * 2**20, ge=1024)
     """Largest request body, in bytes; over it the answer is 413."""
+    max_image_bytes: int = Field(default=16 * 2**20, ge=64)
+    """Largest encoded image, in bytes; over it this image is refused."""
     max_image_pixels: int = Field(default=50_000_000, ge=1)
     """Largest image, in pixels after decoding; over it the answer is 422."""
     max_batch: int = Field(default=1024, ge=1)
     """Most crops in one request."""
+
+    @model_validator(mode="after")
+    def _limits_fit_together(self) -> Self:
+        if self.max_queued_images_per_tenant > self.max_queued_images:
+            raise ValueError(
+                f"max_queued_images_per_tenant {self.max_queued_images_per_tenant} is over max_queued_images {self.max_queued_images}"
+            )
+        return self

@@ -68,8 +68,8 @@ def train_supervised(
         test: labelled images on which worker 0 scores the trained network.
 
     Returns:
-        `steps`, `seconds`, last `loss`, `num_labelled`, `global_batch`, `precision` (what `auto` became) and, with `test`, `scores` (of worker 0): plain data, also
-        under `result` in the manifest of the last checkpoint.
+        `steps`, `seconds`, last `loss`, `num_labelled`, `global_batch`, `precision` (what `auto` became) and, with `test`, `scores` (of
+        worker 0): plain data, also under `result` in the manifest of the last checkpoint.
 
     Raises:
         ConfigError: too few labelled images, a network that has no backbone to freeze, or a loss that is not finite.

@@ -160,13 +160,35 @@ def torch(weights: Path, arch: str, **options: Any) -> None:
 @click.option(
     "--images", required=True, metavar="GLOB", help="A few real images for the parity gate: 'photos/*.jpg' (quoted), or a folder."
 )
-def onnx(file: Path, logits: str | None, images: str, **options: Any) -> None:
+@click.option("--precision", type=click.Choice(["fp32", "fp16", "int8"]), help="What the teacher computes in. Default: as it came.")
+@click.option(
+    "--input-size", type=int, help="Height and width of the crops that travel, where the graph is to resize them to --image-size."
+)
+@click.option("--top-outputs", type=int, help="For many classes: also give this many of the largest logits, with their class ids.")
+def onnx(
+    file: Path,
+    logits: str | None,
+    images: str,
+    precision: str | None,
+    input_size: int | None,
+    top_outputs: int | None,
+    **options: Any,
+) -> None:
     """Wrap an ONNX classifier of images, float (say its --mean and --std) or uint8, NCHW or NHWC, and compare it with the original."""
-    _bring({"kind": "onnx", "path": str(file), "logits": logits}, images=images, **options)
+    teacher = {"precision": precision, "input_size": input_size, "top_outputs": top_outputs}
+    given = {name: value for name, value in teacher.items() if value is not None}
+    _bring({"kind": "onnx", "path": str(file), "logits": logits}, images=images, teacher_fields=given, **options)
 
 
 def _bring(
-    fields: dict[str, Any], folder: Path, classes: str | None, debug: bool, ema: bool = False, images: str = "", **stated: Any
+    fields: dict[str, Any],
+    folder: Path,
+    classes: str | None,
+    debug: bool,
+    ema: bool = False,
+    images: str = "",
+    teacher_fields: dict[str, Any] | None = None,
+    **stated: Any,
 ) -> None:
     """The command's work: settings checked, teacher brought, said what was found and how a run file takes it."""
     logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
@@ -177,17 +199,16 @@ def _bring(
 
     settings = validate(ImportSettings, {**fields, "use_ema": ema}, origin="import")
     preprocessing = validate(StatedPreprocessing, stated, origin="import")
+    teacher = validate(TeacherExportSettings, teacher_fields or {}, origin="import")
     class_names = read_class_names(classes) if classes else None
 
     from distill.cli.import_report import describe, run_file_lines  # brings torch: after what is quickly refused
     from distill.cli.teacher_import import import_into, import_into_new
 
-    teacher = TeacherExportSettings()
-
     def sample(seen: Any) -> Any:
         from export.parity_images import parity_crops
 
-        return parity_crops(images, seen, teacher.num_parity_images)
+        return parity_crops(images, seen, teacher.num_crops)
 
     result = import_into_new(
         folder,

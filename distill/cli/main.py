@@ -19,6 +19,9 @@ import click
 
 from distill import __version__
 from distill.cli.importing import ImportGroup
+from distill.cli.keys import keys
+from distill.cli.repository import repository
+from distill.cli.tuning import tune
 from distill.errors import ConfigError, DistillError
 
 DEFAULT_RUN_FILE = "recipes/quickstart.yaml"
@@ -89,6 +92,9 @@ def install_triton(home: Path | None) -> None:
     console.print(f"Triton is in {install(triton_home(str(home) if home else None)).path}")
 
 
+cli.add_command(keys)
+
+
 def _run_verb(verb: str, config: Path, fresh: bool, overrides: tuple[str, ...]) -> None:
     from distill.cli.run_file import read_run_file
 
@@ -136,6 +142,8 @@ def _add_verb(verb: str, summary: str, sections: tuple[str, ...]) -> None:
 
 for _verb, (_summary, _sections) in VERBS.items():
     _add_verb(_verb, _summary, _sections)
+cli.add_command(repository)
+cli.add_command(tune)
 
 
 def entry() -> NoReturn:

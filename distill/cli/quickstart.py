@@ -46,7 +46,8 @@ def _serve_and_train(run: Run) -> None:
     from teacher_server.serve import Gateway
 
     console.print("[bold]serve[/bold]: starting the teacher")
-    settings = run.file.server.replace(port=0)  # a free port: several runs may share this machine
+    # For one request of ours: a free port, as several runs may share this machine, on loopback only, so that no key is needed.
+    settings = run.file.server.replace(host="127.0.0.1", port=0, auth="none")
     with served_teacher(run) as served:
         with Gateway(served.connect, settings) as gateway:
             show_one_request(run, gateway.url)

@@ -64,6 +64,12 @@ def import_into(
         ConfigError, CheckpointError, ParityError: what was given cannot be the teacher; one line says why.
     """
     stated = validate(StatedPreprocessing, preprocessing.model_dump(), origin="preprocessing")
+    if teacher.input_size is not None and isinstance(preprocessing, Preprocessing):
+        # Of a run: its size is that of the crops that travel, which says nothing of what the network was trained on.
+        if preprocessing.image_size != teacher.input_size:
+            sizes = f"teacher.input_size is {teacher.input_size}, data.image_size is {preprocessing.image_size}"
+            raise ConfigError(f"{sizes}: both are the size of the crops that travel")
+        stated = stated.replace(image_size=None)
     if settings.kind == "simclr":
         return _simclr(settings, folder, class_names, stated)
     if settings.kind == "onnx":
@@ -102,9 +108,13 @@ def import_into_new(folder: Path, work: Callable[[Path], Result]) -> Result:
         folder.parent.mkdir(parents=True, exist_ok=True)
         pending.rename(folder)
     except ParityError as error:
-        report = folder.with_name(f"{folder.name}.parity.json")  # the one thing worth keeping: it names the worst images
+        # What is worth keeping: the report, and the pictures of the worst images.
+        report, pictures = folder.with_name(f"{folder.name}.parity.json"), folder.with_name(f"{folder.name}.worst")
         report.parent.mkdir(parents=True, exist_ok=True)
         (pending / "parity.json").replace(report)
+        shutil.rmtree(pictures, ignore_errors=True)
+        if (pending / "worst").is_dir():
+            (pending / "worst").replace(pictures)
         raise ParityError(str(error).replace(str(pending / "parity.json"), str(report))) from error
     finally:
         shutil.rmtree(pending, ignore_errors=True)
@@ -143,17 +153,20 @@ def _onnx(
     teacher: TeacherExportSettings,
     sample: Sample,
 ) -> Result:
+    from distill.cli.parity_table import table_of_failed_parity
+    from export.crop_size import travelling
     from export.imports import adopt_teacher, import_onnx, is_teacher_of_ours, num_weights, onnx_preprocessing, teacher_file
 
     path = _named(settings.path)
     if not teacher_file(path).is_file():
         raise ConfigError(f"{path} does not exist, or is a folder without model.onnx")
     if is_teacher_of_ours(path):
-        info = adopt_teacher(path, folder, class_names, stated.image_size, teacher)
+        info = adopt_teacher(path, folder, class_names, teacher.input_size or stated.image_size, teacher)
     else:
         preprocessing = onnx_preprocessing(path, stated)
-        crops, names = sample(preprocessing)
-        info = import_onnx(path, folder, preprocessing, class_names, crops, names, teacher, logits=settings.logits)
+        crops, names = sample(travelling(preprocessing, teacher.input_size))
+        with table_of_failed_parity(folder):
+            info = import_onnx(path, folder, preprocessing, class_names, crops, names, teacher, logits=settings.logits)
     return {
         "kind": "onnx",
         "made": "teacher",

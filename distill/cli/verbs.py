@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distill.cli.run import Run
+from distill.cli.tuning_file import tuned_settings
 from distill.errors import ConfigError
 from distill.progress import console
 from distill.stages import Stage
@@ -126,7 +127,7 @@ def import_teacher(run: Run) -> Result:
             class_names=run.class_names,
             preprocessing=file.data.preprocessing,
             teacher=file.teacher,
-            sample=lambda preprocessing: _sample_crops(run, file.teacher.num_parity_images),
+            sample=lambda preprocessing: _sample_crops(run, file.teacher.num_crops),
         )
         for line in describe(result, folder):
             console.print(f"  {line}", markup=False)
@@ -160,7 +161,9 @@ def _export(run: Run, stage: Stage, origin: Path, checkpoint: str, settings: Tea
     def work(folder: Path) -> Result:
         import json
 
+        from distill.cli.parity_table import parity_line, table_of_failed_parity
         from distill.models.saved_classifier import load_classifier
+        from export.contract import require_input_size
         from export.fingerprint import read_teacher_info
         from export.teacher import TEACHER_FILE, publish_teacher
         from export.teacher import export_teacher as export
@@ -168,13 +171,16 @@ def _export(run: Run, stage: Stage, origin: Path, checkpoint: str, settings: Tea
         ready = origin / TEACHER_FILE
         if not ready.exists():
             saved = load_classifier(origin / checkpoint)
-            crops, ids = _sample_crops(run, settings.num_parity_images)
             card = saved.card
-            export(saved.network, card.preprocessing, card.class_names, crops, ids, folder, settings)
+            require_input_size(card.preprocessing, settings.input_size, run.file.data.image_size, str(origin))
+            crops, ids = _sample_crops(run, settings.num_crops)
+            with table_of_failed_parity(folder):
+                export(saved.network, card.preprocessing, card.class_names, crops, ids, folder, settings)
             ready = folder / TEACHER_FILE
         info = read_teacher_info(ready)
-        publish_teacher(ready.parent, run.repository, settings, replace=True)
+        publish_teacher(ready.parent, run.repository, tuned_settings(settings, run.folder), replace=True)
         parity = json.loads((ready.parent / "parity.json").read_text(encoding="utf-8"))
+        console.print(f"  parity: {parity_line(parity)}")
         console.print(f"  parity gate passed; teacher {info.name}, fingerprint {info.fingerprint[:12]}, in {run.repository}")
         return {"fingerprint": info.fingerprint, "parity": parity, "size_bytes": ready.stat().st_size}
 

@@ -130,9 +130,9 @@ def test_what_triton_refuses_is_refused_in_words(triton: TritonProcess) -> None:
         teacher = TritonTeacher(triton.url, "tiny")
         await teacher.info()
         with pytest.raises(RequestRefused, match="tiny"):
-            await teacher._ask_one(CROPS[:1, :4, :4], TEMPERATURE[:1], ("logits",))
+            await teacher._ask_one(CROPS[:1, :4, :4], TEMPERATURE[:1], ("logits",), 1)
         with pytest.raises(RequestRefused, match="above 0"):
-            await teacher._ask_one(CROPS[:1], TEMPERATURE[:1] * 0, ("logits",))
+            await teacher._ask_one(CROPS[:1], TEMPERATURE[:1] * 0, ("logits",), 1)
         await teacher.close()
         other = TritonTeacher(triton.url, "other")
         with pytest.raises(TeacherUnavailable, match="'other'"):
@@ -219,7 +219,7 @@ from pathlib import Path
 from teacher_server.serve import Gateway, open_backend
 from teacher_server.settings import ServerSettings, TritonSettings
 home, repository, log = sys.argv[1:]
-settings = ServerSettings(backend="triton", port=0, triton=TritonSettings(home=home))
+settings = ServerSettings(backend="triton", port=0, auth="none", triton=TritonSettings(home=home))
 with open_backend(settings, Path(repository), "tiny", Path(log)) as served, Gateway(served.connect, settings) as gateway:
     print(gateway.url, flush=True)
     gateway.serve_until_stopped()
@@ -253,7 +253,7 @@ def test_a_model_that_does_not_load_is_an_error_with_its_reason(home: TritonHome
 
 
 def test_rest_over_a_real_socket_with_triton_behind(home: TritonHome, tiny_teacher: Any, tmp_path: Path) -> None:
-    settings = ServerSettings(backend="triton", port=0, triton=TritonSettings(home=str(home.path)))
+    settings = ServerSettings(backend="triton", port=0, auth="none", triton=TritonSettings(home=str(home.path)))
     before, threads_before = left_of(os.getpid()), threading.active_count()
     png = io.BytesIO()
     Image.fromarray(CROPS[0]).save(png, "PNG")

@@ -117,6 +117,27 @@ def test_another_teacher_is_refused_before_it_is_asked(store: SoftLabelStore, lo
     assert teacher.calls == []
 
 
+def test_a_teacher_that_changes_while_it_is_asked_never_slips_into_the_store(
+    store: SoftLabelStore, loader_of: Any, held_by: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store's own teacher answers who it is; before it answers the crops, another one has taken its place."""
+    Clock(monkeypatch)
+
+    class Replaced(FakeTeacher):
+        async def info(self) -> Any:
+            told = await super().info()
+            self._served = self._info = told.replace(version=2, fingerprint="e" * 64)
+            return told
+
+    teacher = Replaced()
+    path = LabelPath(store, teacher, RULES)
+    with pytest.raises(FingerprintMismatch, match="the teacher that answers is eeeeeeeeeeee, the labels wanted are of ffffffffffff"):
+        asyncio.run(path.labels(one_epoch(loader_of)[0]))
+    path.commit()
+    assert teacher.calls == []
+    assert held_by(store) == {}
+
+
 def test_a_nan_is_never_kept(store: SoftLabelStore, loader_of: Any, held_by: Any) -> None:
     path = LabelPath(store, FakeTeacher(answer_nan=True), RULES)
     with pytest.raises(TeacherAnswerError, match="NaN"):

@@ -38,7 +38,9 @@ def ask(*requests: Callable[[httpx.AsyncClient], Any], teacher: FakeTeacher | No
     """Send requests to a fresh app, one after another."""
 
     async def scenario() -> list[httpx.Response]:
-        transport = httpx.ASGITransport(create_app(teacher or FakeTeacher(), ServerSettings(**settings)), raise_app_exceptions=False)
+        transport = httpx.ASGITransport(
+            create_app(teacher or FakeTeacher(), ServerSettings(**{"auth": "none", **settings})), raise_app_exceptions=False
+        )
         async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
             return [await request(client) for request in requests]
 
@@ -65,7 +67,8 @@ def softmax(logits: np.ndarray, temperature: float) -> np.ndarray:
 def error_of(answer: httpx.Response) -> tuple[int, str, str]:
     body = answer.json()
     assert set(body) == {"error"}
-    assert set(body["error"]) == {"code", "message"}
+    assert {"code", "message"} <= set(body["error"]) <= {"code", "message", "retry_after_s", "items"}
+    assert ("retry_after_s" in body["error"]) == (answer.status_code in (429, 503)) == ("retry-after" in answer.headers)
     return answer.status_code, body["error"]["code"], body["error"]["message"]
 
 
@@ -117,7 +120,7 @@ def test_a_bad_image_does_not_spoil_the_others() -> None:
     request = in_json(encoded(PIXELS[0]), b"not an image", encoded(PIXELS[2]))
     request["images"].append("***")
     (answer,) = ask(post(json=request, params={"return": "logits"}), teacher=teacher)
-    assert answer.status_code == 200
+    assert answer.status_code == 207, "whoever looks at the status alone must see that some labels are missing"
     items = answer.json()["items"]
     assert [item.get("error", {}).get("code") for item in items] == [None, "bad_image", None, "bad_base64"]
     truth_BK = fake_logits(PIXELS, 10)
@@ -144,6 +147,7 @@ def test_ready_crops_in_and_binary_out() -> None:
 
 def test_binary_answers_mark_failed_images_with_nan() -> None:
     (answer,) = ask(post(json=in_json(b"no image", encoded(PIXELS[1])), headers={"accept": SOFT_LABELS_MEDIA_TYPE}))
+    assert answer.status_code == 207
     message = decode_soft_labels(answer.content)
     assert np.isnan(message.values_BR[0]).all()
     assert np.isfinite(message.values_BR[1]).all()
@@ -249,7 +253,7 @@ def test_a_client_that_hangs_up_cancels_its_work() -> None:
             return None
 
         scope = {"type": "http", "method": "POST", "path": LABELS, "headers": [(b"content-type", b"image/png")], "query_string": b""}
-        await asyncio.wait_for(create_app(teacher, ServerSettings())(scope, receive, send), 10)
+        await asyncio.wait_for(create_app(teacher, ServerSettings(auth="none"))(scope, receive, send), 10)
 
     asyncio.run(scenario())
     assert teacher.cancelled == 1
@@ -287,11 +291,19 @@ def test_metrics_count_requests_and_images() -> None:
         get("/metrics"),
     )
     lines = dict(line.rsplit(" ", 1) for line in metrics.text.splitlines() if not line.startswith("#"))
-    assert lines['distill_gateway_requests_total{route="/v1/soft-labels",status="200"}'] == "2.0"
+    assert lines['distill_gateway_requests_total{route="/v1/soft-labels",status="200"}'] == "1.0"
+    assert lines['distill_gateway_requests_total{route="/v1/soft-labels",status="207"}'] == "1.0"
     assert lines['distill_gateway_requests_total{route="/v1/soft-labels",status="422"}'] == "1.0"
     assert lines['distill_gateway_requests_total{route="other",status="404"}'] == "1.0"
-    assert lines['distill_gateway_images_total{outcome="labelled"}'] == "2.0"
-    assert lines['distill_gateway_images_total{outcome="rejected"}'] == "1.0"
+    assert lines['distill_gateway_images_total{outcome="labelled",tenant="anybody"}'] == "2.0"
+    assert lines['distill_gateway_images_total{outcome="rejected",tenant="anybody"}'] == "1.0"
+    assert lines['distill_gateway_refusals_total{code="bad_query",tenant="anybody"}'] == "1.0"
+    assert lines['distill_gateway_batch_images_bucket{le="1.0"}'] == "1.0"
+    assert lines['distill_gateway_batch_images_bucket{le="2.0"}'] == "2.0"
+    for step in ("decode", "queue_wait", "teacher"):
+        assert lines[f"distill_gateway_{step}_seconds_count"] == "2.0"
+    for gauge in ("queue_images", "queue_requests", "teacher_images"):
+        assert lines[f"distill_gateway_{gauge}"] == "0.0"
     assert lines['distill_gateway_latency_seconds_count{route="/v1/soft-labels"}'] == "3.0"
     assert lines["distill_gateway_in_flight"] == "1.0"  # the request for the metrics
 
@@ -299,9 +311,19 @@ def test_metrics_count_requests_and_images() -> None:
 def test_the_openapi_document_describes_bodies_and_errors() -> None:
     (answer,) = ask(get("/openapi.json"))
     operation = answer.json()["paths"][LABELS]["post"]
-    assert set(operation["requestBody"]["content"]) == {"image/jpeg", "image/png", "image/webp", CROPS_MEDIA_TYPE, "application/json"}
-    assert {"200", "404", "413", "415", "422", "502", "503", "504"} <= set(operation["responses"])
-    assert {parameter["name"] for parameter in operation["parameters"]} == {"temperature", "top_k", "return", "names", "model"}
+    images = {"image/jpeg", "image/png", "image/webp"}
+    assert set(operation["requestBody"]["content"]) == images | {CROPS_MEDIA_TYPE, "application/json", "multipart/form-data"}
+    failures = {"401", "404", "406", "408", "413", "415", "422", "429", "500", "502", "503", "504"}
+    assert set(operation["responses"]) == failures | {"200", "207"}
+    for status in failures:
+        schema = operation["responses"][status]["content"]["application/json"]["schema"]
+        assert schema["$ref"].endswith("/ErrorBody")
+        assert ("Retry-After" in operation["responses"][status].get("headers", {})) == (status in ("429", "503"))
+    for status in ("200", "207"):
+        assert set(operation["responses"][status]["content"]) == {"application/json", SOFT_LABELS_MEDIA_TYPE}
+    assert {parameter["name"] for parameter in operation["parameters"]} == {"temperature", "top_k", "return", "names", "model", "crop"}
+    assert {"bearer": []} in operation["security"]
+    assert answer.json()["paths"]["/healthz"]["get"]["security"] == []
 
 
 def test_the_gateway_process_has_no_torch() -> None:

@@ -99,6 +99,21 @@ def model(monkeypatch: pytest.MonkeyPatch, tiny_teacher: Any) -> Any:
     return loaded
 
 
+def test_a_file_of_another_teacher_than_the_configuration_describes_is_not_loaded(model: Any, tiny_teacher: Any) -> None:
+    info = tiny_teacher.info
+    args = {"model_repository": str(tiny_teacher.repository / "tiny"), "model_version": "1"}
+    config = {"input": [{"name": "images"}], "output": [{"name": "logits"}]}
+
+    def load(described: Any) -> None:
+        parameters = {"distill.teacher": {"string_value": described.model_dump_json()}}
+        type(model)().initialize({**args, "model_config": json.dumps({**config, "parameters": parameters})})
+
+    load(info)
+    load(info.replace(version=2, fingerprint="f" * 64))  # while versions change, the configuration describes another version
+    with pytest.raises(RuntimeError, match=r"version 1 holds teacher abababababab, config\.pbtxt describes ffffffffffff"):
+        load(info.replace(fingerprint="f" * 64))
+
+
 def crops(count: int) -> np.ndarray:
     return np.random.default_rng(count).integers(0, 256, (count, 8, 8, 3), np.uint8)
 

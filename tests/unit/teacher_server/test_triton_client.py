@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from tritonclient.utils import InferenceServerException
 
-from distill.errors import DistillError, RequestRefused, TeacherAnswerError, TeacherUnavailable
+from distill.errors import DistillError, RequestRefused, TeacherAnswerError, TeacherChanged, TeacherUnavailable
 from distill.teacher_info import METADATA_KEY, Preprocessing, TeacherInfo
+from teacher_server import backend, triton
 from teacher_server.fake import fake_logits
-from teacher_server.triton import TritonTeacher, WorkerLost, translated
+from teacher_server.triton import TritonTeacher, VersionGone, WorkerLost, translated
 
 
 @pytest.mark.parametrize(
@@ -24,7 +25,8 @@ from teacher_server.triton import TritonTeacher, WorkerLost, translated
         ("UNAVAILABLE", "Exceeds maximum queue size", TeacherUnavailable, "max_queue_size"),
         ("UNAVAILABLE", "Request timeout expired", TeacherUnavailable, "queue_timeout_us"),
         ("UNAVAILABLE", "This protocol is restricted, expecting header 'x'", RequestRefused, "key"),
-        ("NOT_FOUND", "Request for unknown model: 'm' is not found", TeacherUnavailable, "not loaded"),
+        ("NOT_FOUND", "Request for unknown model: 'm' is not found", VersionGone, "not loaded"),
+        ("UNAVAILABLE", "Request for unknown model: 'm' version 1 is not at ready state", VersionGone, "does not serve this version"),
         ("DEADLINE_EXCEEDED", "Deadline Exceeded", TeacherUnavailable, "request_timeout_s"),
         ("INTERNAL", "Stub process 'm_0' is not healthy.", WorkerLost, "needs a reload"),
         ("INTERNAL", "ONNX Runtime: bad graph", TeacherAnswerError, "bad graph"),
@@ -91,6 +93,112 @@ def test_a_large_batch_is_split_evenly_and_comes_back_in_order() -> None:
     np.testing.assert_array_equal(logits_BK, fake_logits(CROPS, 3))
     assert sorted(channel.batches) == [3, 3, 4]
     assert channel.versions == {"7"}, "the version that info() described"
+
+
+class ChangingChannel(FakeChannel):
+    """A Triton on which another version takes the place of the one that the next `infer` asks for."""
+
+    def __init__(self, served: int) -> None:
+        super().__init__()
+        self.served = served
+        self.loading = False
+
+    async def get_model_config(self, model: str, client_timeout: float) -> Any:
+        if self.loading:
+            raise InferenceServerException("Request for unknown model: 'm' is not found", status="StatusCode.NOT_FOUND")
+        answer = await super().get_model_config(model, client_timeout)
+        parameter = answer.config.parameters[METADATA_KEY]
+        info = TeacherInfo.model_validate_json(parameter.string_value)
+        parameter.string_value = info.replace(version=self.served, fingerprint=f"{self.served:064x}").model_dump_json()
+        return answer
+
+    async def infer(self, model: str, inputs: list[Any], model_version: str, outputs: list[Any], client_timeout: float) -> Any:
+        if self.loading or model_version != str(self.served):
+            message = f"Request for unknown model: 'm' version {model_version} is not at ready state"
+            raise InferenceServerException(message, status="StatusCode.UNAVAILABLE")
+        return await super().infer(model, inputs, model_version, outputs, client_timeout)
+
+
+def test_a_version_that_was_replaced_is_said_and_the_next_question_sees_the_new_one() -> None:
+    async def scenario() -> set[str]:
+        channel = ChangingChannel(served=1)
+        teacher = teacher_over(channel)
+        before = await teacher.info()
+        channel.served = 2
+        with pytest.raises(TeacherChanged, match="serves version 2"):
+            await teacher.logits(CROPS, fingerprint=before.fingerprint)
+        assert (await teacher.info()).version == 2
+        await teacher.logits(CROPS)
+        with pytest.raises(TeacherChanged, match="not 000000000000 any more"):  # what the caller knows is old: nothing is asked
+            await teacher.logits(CROPS, fingerprint=before.fingerprint)
+        return channel.versions
+
+    assert asyncio.run(scenario()) == {"2"}
+
+
+def test_a_change_shows_also_where_nobody_asks_for_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(triton, "time", SimpleNamespace(monotonic=lambda: clock.now))
+
+    async def scenario() -> list[int]:
+        channel = ChangingChannel(served=1)
+        teacher = teacher_over(channel)
+        first = await teacher.info()
+        clock.now += 10
+        assert await teacher.info() is first, "the same teacher is the same object: a failing question forgets only what it knew"
+        channel.served = 2
+        seen = [(await teacher.info()).version]
+        clock.now += 1.9
+        seen.append((await teacher.info()).version)
+        clock.now += 0.2
+        seen.append((await teacher.info()).version)
+        channel.loading = True
+        clock.now += 10
+        return [*seen, (await teacher.info()).version]  # a teacher that is away is found out by asking it for labels
+
+    assert asyncio.run(scenario()) == [1, 1, 2, 2]
+
+
+def test_a_canary_takes_a_label_of_any_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "check_probs", lambda probs: None)  # the fake gives logits for soft labels, too
+
+    async def scenario() -> None:
+        channel = ChangingChannel(served=1)
+        teacher = teacher_over(channel)
+        await teacher.info()
+        channel.served = 2
+        assert await teacher.ready()
+
+    asyncio.run(scenario())
+
+
+def test_a_version_that_is_gone_with_its_server_is_no_change() -> None:
+    async def scenario() -> None:
+        channel = ChangingChannel(served=1)
+        teacher = teacher_over(channel)
+        await teacher.info()
+        channel.loading = True
+        with pytest.raises(TeacherUnavailable) as raised:
+            await teacher.logits(CROPS)
+        assert not isinstance(raised.value, TeacherChanged)
+
+    asyncio.run(scenario())
+
+
+def test_all_messages_of_a_batch_are_of_one_version_whatever_other_tasks_learn() -> None:
+    """While the first message waits, another task finds out that the teacher has changed: the rest must not go to the new one."""
+
+    async def scenario() -> set[str]:
+        channel = ChangingChannel(served=1)
+        teacher = teacher_over(channel)
+        info = await teacher.info()
+        asking = asyncio.create_task(teacher.logits(CROPS, fingerprint=info.fingerprint))
+        await asyncio.sleep(0)  # it has read who the teacher is
+        teacher._info = info.replace(version=2, fingerprint="2" * 64)
+        await asking
+        return channel.versions
+
+    assert asyncio.run(scenario()) == {"1"}
 
 
 def test_one_failed_message_cancels_the_others() -> None:

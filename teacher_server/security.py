@@ -1,0 +1,146 @@
+"""Around every answer: the key is asked for before anything else, headers that browsers obey, and no exception that reaches a log whole.
+
+Unit of data: one HTTP exchange. Plain ASGI, because Starlette's BaseHTTPMiddleware hides a client's disconnect.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+
+from fastapi import FastAPI
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from teacher_server.access import Access
+from teacher_server.problems import Problem
+
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+"""Content-Security-Policy of HTML: nothing from anywhere else, no inline script."""
+
+DATA_POLICY = "default-src 'none'; frame-ancestors 'none'"
+"""Content-Security-Policy of everything else: should a browser show it after all, it may do nothing."""
+
+_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-frame-options", b"DENY"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"cache-control", b"no-store"),
+)
+_POLICY_NAME = b"content-security-policy"
+
+_KEY_PATHS = ("/v1/", "/metrics")
+"""Behind a key: all that costs something or tells something. The health endpoints, the page and the OpenAPI document are not."""
+
+logger = logging.getLogger(__name__)
+
+
+class GuardedAnswers:
+    """The outermost layer: security headers on every answer, and one that tells nothing for an exception nobody foresaw.
+
+    It also hangs up on bodies without an end that nobody has read: the web server would go on receiving them.
+    """
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+        self._app = app
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass one exchange on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = False
+        unread = self._has_no_end(scope)
+
+        async def noticed() -> Message:
+            nonlocal unread
+            message = await receive()
+            unread = message.get("more_body", False)
+            return message
+
+        async def guarded(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                _add_headers(message)
+                if unread and b"connection" not in dict(message["headers"]):
+                    message["headers"].append((b"connection", b"close"))
+            await send(message)
+
+        try:
+            await self._app(scope, noticed if unread else receive, guarded)
+        except Exception as error:  # noqa: BLE001 - the last resort, said in the log
+            logger.error("%s %s failed: %s", scope["method"], _route(scope), without_values(error))
+            if not started:
+                await Problem(500, "internal", "the gateway failed; its log says why").answer()(scope, receive, guarded)
+
+    def _has_no_end(self, scope: Scope) -> bool:
+        """Whether a body may be longer than any that is taken. A shorter one is received, so that its sender gets to read the answer."""
+        headers = dict(scope["headers"])
+        length = headers.get(b"content-length", b"0")
+        return b"transfer-encoding" in headers or not length.isdigit() or int(length[:19]) > self._max_body_bytes
+
+
+class RequireKey:
+    """Requests below `/v1/`, and for the metrics, need a key; whose it is stands in `scope["tenant"]`, a TenantUsage, from here on."""
+
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        self._app = app
+        self._access = access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass one exchange on, or answer 401."""
+        if scope["type"] == "http" and needs_key(scope["path"]):
+            try:
+                scope["tenant"] = self._access.tenant(Headers(scope=scope))
+            except Problem as problem:
+                await problem.answer()(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def needs_key(path: str) -> bool:
+    """Whether whoever asks for this path has to show a key, where keys are asked for at all."""
+    return path.startswith(_KEY_PATHS)
+
+
+def guard(app: FastAPI, access: Access) -> None:
+    """Ask for keys. Added first, so that what is added later counts the refusals too."""
+    app.add_middleware(RequireKey, access=access)
+
+
+def seal(app: FastAPI, max_body_bytes: int) -> None:
+    """Security headers and the last resort. Added last, so that it is outermost."""
+    app.add_middleware(GuardedAnswers, max_body_bytes=max_body_bytes)
+
+
+def without_values(error: BaseException) -> str:
+    """Type and place of an exception and of those behind it. Their messages may quote what a client sent, so they are left out."""
+    parts = []
+    seen: BaseException | None = error
+    while seen is not None:
+        frames = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(seen.__traceback__)]
+        parts.append(f"{type(seen).__name__} at {' > '.join(frames)}")
+        if isinstance(seen, BaseExceptionGroup):
+            parts.extend(without_values(inner) for inner in seen.exceptions)
+        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
+    return "; from ".join(parts)
+
+
+def _add_headers(message: Message) -> None:
+    """Those that the answer does not set itself; on the raw list, because this happens to every answer."""
+    headers = message["headers"] = list(message.get("headers", ()))
+    present = dict(headers)
+    headers.extend(pair for pair in _HEADERS if pair[0] not in present)
+    if _POLICY_NAME not in present:
+        policy = PAGE_POLICY if present.get(b"content-type", b"").startswith(b"text/html") else DATA_POLICY
+        headers.append((_POLICY_NAME, policy.encode()))
+
+
+def _route(scope: Scope) -> str:
+    return getattr(scope.get("route"), "path", "other")
