@@ -111,6 +111,7 @@ def _described(dataset: str) -> dict[str, Any]:
         "pretrain": setting.pretrain.model_dump(mode="json"),
         "finetune": {f"{fraction:g}": s.model_dump(mode="json") for fraction, s in setting.finetune.items()},
         "supervised": {f"{fraction:g}": s.model_dump(mode="json") for fraction, s in setting.supervised.items()},
+        "supervised_student": {f"{fraction:g}": s.model_dump(mode="json") for fraction, s in setting.supervised_student.items()},
     }
 
 

@@ -30,7 +30,9 @@ class Setting:
     finetune: dict[float, FinetuneSettings]
     """Label fraction -> fine-tuning of the pretrained teacher."""
     supervised: dict[float, FinetuneSettings]
-    """Label fraction -> training from random weights, teacher and student alike."""
+    """Label fraction -> the teacher's network from random weights."""
+    supervised_student: dict[float, FinetuneSettings]
+    """Label fraction -> the student's network from random weights."""
     distill_epochs: int
     self_distill_epochs: int
     min_area: float
@@ -70,8 +72,9 @@ SETTINGS = {
     "fashion": Setting(
         num_images=12_000,
         pretrain=_pretrain(epochs=30, temperature=0.2, min_area=0.4),
-        finetune={0.01: _finetune(100, 0.02, 0.5, 1e-4), 0.1: _finetune(60, 0.1, 0.5, 5e-4)},
-        supervised={0.01: _supervised(300, 0.1, 0.5), 0.1: _supervised(60, 0.1, 0.5)},
+        finetune={0.01: _finetune(100, 0.02, 0.5, 1e-4), 0.1: _finetune(60, 0.1, 0.5, 5e-3)},
+        supervised={0.01: _supervised(300, 0.1, 0.5, 5e-3), 0.1: _supervised(120, 0.1, 0.5)},
+        supervised_student={0.01: _supervised(300, 0.3, 0.5), 0.1: _supervised(120, 0.1, 0.5)},
         distill_epochs=30,
         self_distill_epochs=20,
         min_area=0.5,
@@ -81,6 +84,7 @@ SETTINGS = {
         pretrain=_pretrain(epochs=40, temperature=0.2, min_area=0.3),
         finetune={0.01: _finetune(100, 0.02, 0.3, 1e-4), 0.1: _finetune(60, 0.1, 0.3, 5e-4)},
         supervised={0.01: _supervised(300, 0.1, 0.3), 0.1: _supervised(60, 0.1, 0.3)},
+        supervised_student={0.01: _supervised(300, 0.1, 0.3), 0.1: _supervised(60, 0.1, 0.3)},
         distill_epochs=30,
         self_distill_epochs=20,
         min_area=0.3,
@@ -112,7 +116,7 @@ class Arms:
 
     def student_supervised(self) -> Result:
         """The small network, from random weights, on the labels alone."""
-        return self._scores(self.stages.classify(STUDENT, self.setting.supervised[self.fraction], self.fraction, None))
+        return self._scores(self.stages.classify(STUDENT, self.setting.supervised_student[self.fraction], self.fraction, None))
 
     def student_labelled_only(self) -> Result:
         """The small network on the self-distilled teacher's soft labels of the labelled images alone, for as many steps as the next."""
