@@ -22,7 +22,7 @@ import click
 
 from bench.serving.load import LOADS, Load, cpu_seconds, measure
 from bench.serving.soak import soak
-from bench.serving.systems import ALONE, PEERS, SYSTEMS, Bench, ours
+from bench.serving.systems import ALONE, PEERS, SYSTEMS, Bench, check, ours
 from bench.serving.table import write_table
 from bench.serving.teachers import TEACHERS, make_repository
 from distill.progress import console
@@ -42,7 +42,7 @@ def main() -> None:
 @click.option(
     "--peers", type=click.Path(exists=True, path_type=Path), help="Python of the peers' environment; without it they are left out."
 )
-@click.option("--system", "only", type=click.Choice(list(SYSTEMS)), multiple=True, help="Only these; the engine always runs.")
+@click.option("--system", "only", type=click.Choice(list(SYSTEMS)), multiple=True, help="Only these and the engine; nothing is kept.")
 @click.option("--rounds", type=int, default=3, show_default=True)
 @click.option("--threads", type=int, default=os.cpu_count() or 1, show_default=True, help="Of the engine, in every system.")
 @click.option("--cache", type=click.Path(path_type=Path), default=Path("runs/bench-serving"), show_default=True)
@@ -53,14 +53,14 @@ def run(name: str, peers: Path | None, only: tuple[str, ...], rounds: int, threa
     wanted = [system for system in SYSTEMS if _is_wanted(system, only, bench)]
     cells: list[Cell] = []
     for number in range(rounds):
-        for system in wanted:
+        for system in [*wanted, "engine"]:  # the engine first and last, so that a drift of the machine is not in the ratios
             for cell in asyncio.run(_cells(bench, system)):
                 cells.append({"round": number, "system": system, **cell})
                 console.print(
                     f"round {number + 1}/{rounds} {system:>9} {cell['load']:>7}: {cell['images_per_s']:8.1f} images/s,"
                     f" p50 {cell['p50_ms']:.1f} ms, p99 {cell['p99_ms']:.1f} ms, {cell['cpu_ms_per_image']:.2f} CPU-ms/image"
                 )
-        if not dry:
+        if not dry and not only:  # a part would take the place of the whole
             _keep(name, {"teacher": name, "machine": describe_machine(), "threads": threads, "rounds": number + 1, "cells": cells})
 
 
@@ -80,6 +80,7 @@ async def _cells(bench: Bench, system: str) -> list[Cell]:
     cells = []
     for batch in sorted({load.batch for load in loads}):
         async with SYSTEMS[system](bench, batch) as running:
+            await check(bench, running, batch, files=system in ("decode", "jpeg"))
             for load in (load for load in loads if load.batch == batch):
                 cost = await measure(running.ask, load, _num_images(bench, load), running.pids)
                 cells.append({"load": str(load), **asdict(cost)})
@@ -122,12 +123,12 @@ def soak_command(minutes: float, cache: Path) -> None:
     result = asyncio.run(run_soak(_bench("small", cache)))
     console.print(result)
     _keep("soak", {"machine": describe_machine(), **result})
-    if result["wrong"] or result["hung"]:
+    if result["num_wrong"] or result["hung"]:
         raise SystemExit(1)
 
 
 def _bench(name: str, cache: Path, threads: int = os.cpu_count() or 1, peers: Path | None = None) -> Bench:
-    teacher, folder = TEACHERS[name], cache / name
+    teacher, folder = TEACHERS[name], cache / f"{name}-{threads}"
     folder.mkdir(parents=True, exist_ok=True)
     # Absolute, but not resolved: a virtual environment's python is a link whose place says which packages it sees.
     return Bench(teacher, make_repository(teacher, folder, threads), threads, peers and peers.absolute(), folder)

@@ -10,12 +10,13 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import psutil
 
-Ask = Callable[[int], Awaitable[None]]
-"""Sends the request of this number and returns when its labels are here."""
+Ask = Callable[[int], Awaitable[Any]]
+"""Sends the request of this number and returns what came back, when it is whole."""
 
 
 @dataclass(frozen=True)

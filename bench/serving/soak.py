@@ -20,6 +20,7 @@ import psutil
 from PIL import Image
 
 from bench.serving.systems import Bench, jpegs, label, session_of
+from distill.decoding import decode_image
 from distill.wire import CROPS_MEDIA_TYPE, SOFT_LABELS_MEDIA_TYPE, decode_soft_labels, encode_crops
 
 SAMPLE_EVERY_S = 5.0
@@ -64,7 +65,14 @@ def soak(bench: Bench, url: str, pid: int, minutes: float, show: Callable[[str],
     for thread in threads:
         thread.join(120)
     hung = sum(thread.is_alive() for thread in threads)
-    return {"minutes": minutes, "answers": dict(sorted(seen.items())), "wrong": wrong[:20], "hung": hung, "mb_per_hour": _slopes(samples)}
+    return {
+        "minutes": minutes,
+        "answers": dict(sorted(seen.items())),
+        "num_wrong": len(wrong),
+        "wrong": wrong[:20],
+        "hung": hung,
+        "mb_per_hour": _slopes(samples),
+    }
 
 
 def _rotated(names: list[str], by: int) -> list[str]:
@@ -72,10 +80,11 @@ def _rotated(names: list[str], by: int) -> list[str]:
 
 
 def _requests(bench: Bench, url: str) -> dict[str, Asked]:
-    """Name -> one kind of request, with the status and the labels that it must get."""
+    """Name -> one kind of request, with the status and, where there are any, the labels that it must get."""
     labels, session = f"{url}/v1/soft-labels", session_of(bench)
     crops = bench.requests(8)[0]
     expected_BK, files = label(session, crops), jpegs(bench)[:8]
+    of_files_BK = label(session, np.stack([decode_image(file) for file in files]))
     small = io.BytesIO()
     Image.new("RGB", (bench.teacher.image_size, bench.teacher.image_size)).save(small, "PNG")
     bomb = _bomb()
@@ -93,14 +102,22 @@ def _requests(bench: Bench, url: str) -> dict[str, Asked]:
 
         return send
 
+    def jpeg(client: httpx.Client, number: int) -> tuple[int, bool]:
+        answer = client.post(labels, content=files[0], headers={"Content-Type": "image/jpeg"}, params={"temperature": 1})
+        right = answer.status_code == 200 and np.allclose(answer.json()["items"][0]["values"], of_files_BK[0], atol=1e-5)
+        return answer.status_code, bool(right)
+
     def in_json(client: httpx.Client, number: int) -> tuple[int, bool]:
-        answer = client.post(labels, json={"images": [base64.b64encode(file).decode() for file in (*files, b"not an image")]})
-        right = answer.status_code == 200 and ["error" in item for item in answer.json()["items"]] == [False] * 8 + [True]
-        return answer.status_code, right
+        texts = [base64.b64encode(file).decode() for file in (*files, b"not an image")]
+        answer = client.post(labels, json={"images": texts}, params={"temperature": 1})
+        if answer.status_code != 207:
+            return answer.status_code, False
+        *good, bad = answer.json()["items"]
+        return 207, "error" in bad and np.allclose([item["values"] for item in good], of_files_BK, atol=1e-5)
 
     return {
         "binary": binary,
-        "jpeg": status_of(200, files[0], "image/jpeg"),
+        "jpeg": jpeg,
         "json with one bad": in_json,
         "truncated": status_of(422, small.getvalue()[:-20], "image/png"),
         "bomb": status_of(422, bomb, "image/png"),

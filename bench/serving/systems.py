@@ -25,7 +25,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import numpy as np
@@ -38,13 +40,17 @@ from bench.serving.load import Ask
 from bench.serving.teachers import Teacher, model_file, synthetic_crops
 from distill.crops import center_crop, decode_image
 from distill.teacher_info import Preprocessing
-from distill.wire import CROPS_MEDIA_TYPE, SOFT_LABELS_MEDIA_TYPE, encode_crops
+from distill.wire import CROPS_MEDIA_TYPE, SOFT_LABELS_MEDIA_TYPE, decode_soft_labels, encode_crops
 from teacher_server.client import open_async_client
 
 START_TIMEOUT_S = 120
 NUM_CROPS = 128
-MAX_BATCH = 64
-"""Largest batch that a peer may form; Triton's preferred sizes go up to 256."""
+MAX_BATCH = 128
+"""Largest batch that a peer may form: all that is in flight under any load."""
+LARGEST_FORM = 2**20
+"""LitServe's queue carries a form's file up to this size."""
+MAX_IN_FLIGHT = 256
+"""Of every client: more than any load has, so that the load alone decides."""
 PEER_APPS = Path(__file__).parent / "peers"
 
 
@@ -71,20 +77,24 @@ class Running:
 
     ask: Ask
     pids: Sequence[int] = ()
+    read: Callable[[Any], npt.NDArray[np.float32]] = lambda answer: answer
+    """What `ask` returned -> soft labels float32 [B,K]; to see that it is right, before anything is measured."""
 
 
-Post = tuple[bytes, dict[str, str]]
-"""Body and headers of one request."""
+Post = tuple[Any, dict[str, str]]
+"""Body (bytes, or a function that makes a form) and headers of one request."""
 Start = Callable[[Bench, int], AbstractAsyncContextManager[Running]]
 
 
 def session_of(bench: Bench) -> onnxruntime.InferenceSession:
+    """ONNX Runtime as it comes: its threads may spin, which alone on the machine is the fastest."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = bench.threads
     return onnxruntime.InferenceSession(str(model_file(bench.teacher, bench.repository)), options, providers=["CPUExecutionProvider"])
 
 
 def label(session: onnxruntime.InferenceSession, crops_BHWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """Soft labels at temperature 1: uint8 [B,S,S,3] -> float32 [B,K]."""
     temperature_B1 = np.ones((len(crops_BHWC), 1), np.float32)
     probs_BK: npt.NDArray[np.float32] = session.run(["soft_labels"], {"images": crops_BHWC, "temperature": temperature_B1})[0]
     return probs_BK
@@ -95,8 +105,8 @@ async def engine(bench: Bench, batch: int) -> AsyncIterator[Running]:
     """One call after the other, in the loop's own thread."""
     session, requests = session_of(bench), bench.requests(batch)
 
-    async def ask(number: int) -> None:
-        label(session, requests[number % len(requests)])
+    async def ask(number: int) -> npt.NDArray[np.float32]:
+        return label(session, requests[number % len(requests)])
 
     yield Running(ask)
 
@@ -110,8 +120,8 @@ async def decode(bench: Bench, batch: int) -> AsyncIterator[Running]:
         def crop(number: int) -> npt.NDArray[np.uint8]:
             return center_crop(decode_image(files[number % len(files)]), preprocessing.image_size, preprocessing.crop_ratio)
 
-        async def ask(number: int) -> None:
-            label(session, np.stack(list(threads.map(crop, range(number * batch, (number + 1) * batch)))))
+        async def ask(number: int) -> npt.NDArray[np.float32]:
+            return label(session, np.stack(list(threads.map(crop, range(number * batch, (number + 1) * batch)))))
 
         yield Running(ask)
 
@@ -154,38 +164,38 @@ def _client(kind: str) -> Start:
         async with ours(bench) as (urls, pid):
             grpc = f"{urls['grpc']}/{bench.teacher.name}"
             url = {"grpc": f"grpc://{grpc}", "shm": f"grpc+shm://{grpc}", "rest": urls["rest"]}[kind]
-            async with open_async_client(url, timeout_s=300) as client:
+            async with open_async_client(url, timeout_s=300, max_in_flight=MAX_IN_FLIGHT) as client:
 
-                async def ask(number: int) -> None:
-                    await client.soft_labels(requests[number % len(requests)], temperature=1.0)
+                async def ask(number: int) -> Any:
+                    return await client.soft_labels(requests[number % len(requests)], temperature=1.0)
 
                 yield Running(ask, [pid])
 
     return start
 
 
-def _rest(post: Callable[[Bench, int], list[Post]]) -> Start:
+def _rest(post: Callable[[Bench, int], list[Post]], read: Callable[[Any], npt.NDArray[np.float32]]) -> Start:
     """Our gateway, asked in the same way as the peers: by an HTTP client that is no part of this project."""
 
     @asynccontextmanager
     async def start(bench: Bench, batch: int) -> AsyncIterator[Running]:
         posts = post(bench, batch)
         async with ours(bench) as (urls, pid), _http() as client:
-            yield Running(_asking(client, f"{urls['rest']}/v1/soft-labels", posts), [pid])
+            yield Running(_asking(client, f"{urls['rest']}/v1/soft-labels?temperature=1", posts), [pid], read)
 
     return start
 
 
 def _http() -> aiohttp.ClientSession:
-    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=256), timeout=aiohttp.ClientTimeout(300))
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=MAX_IN_FLIGHT), timeout=aiohttp.ClientTimeout(300))
 
 
 def _asking(client: aiohttp.ClientSession, url: str, posts: Sequence[Post]) -> Ask:
-    async def ask(number: int) -> None:
+    async def ask(number: int) -> bytes:
         body, headers = posts[number % len(posts)]
-        async with client.post(url, data=body, headers=headers) as answer:
+        async with client.post(url, data=body() if callable(body) else body, headers=headers) as answer:
             answer.raise_for_status()
-            await answer.read()
+            return await answer.read()
 
     return ask
 
@@ -203,9 +213,35 @@ def _raw(bench: Bench, batch: int) -> list[Post]:
     return [(crops.tobytes(), {"Content-Type": "application/octet-stream"}) for crops in bench.requests(batch)]
 
 
-def _base64_json(bench: Bench, batch: int) -> list[Post]:
-    texts = [base64.b64encode(crops.tobytes()).decode() for crops in bench.requests(batch)]
-    return [(json.dumps({"crops": text}).encode(), {"Content-Type": "application/json"}) for text in texts]
+def _form_or_json(bench: Bench, batch: int) -> list[Post]:
+    def post(data: bytes) -> Post:
+        if len(data) <= LARGEST_FORM:
+            return partial(_form, data), {}
+        return json.dumps({"crops": base64.b64encode(data).decode()}).encode(), {"Content-Type": "application/json"}
+
+    return [post(crops.tobytes()) for crops in bench.requests(batch)]
+
+
+def _form(data: bytes) -> aiohttp.FormData:
+    form = aiohttp.FormData()
+    form.add_field("crops", data, filename="crops", content_type="application/octet-stream")
+    return form
+
+
+def _read_binary(answer: bytes) -> npt.NDArray[np.float32]:
+    return decode_soft_labels(answer).values_BR
+
+
+def _read_json(answer: bytes) -> npt.NDArray[np.float32]:
+    return np.array([item["values"] for item in json.loads(answer)["items"]], np.float32)
+
+
+def _read_raw(answer: bytes) -> npt.NDArray[np.float32]:
+    return np.frombuffer(answer, np.float32)
+
+
+def _read_base64(answer: bytes) -> npt.NDArray[np.float32]:
+    return _read_raw(base64.b64decode(json.loads(answer)["soft_labels"]))
 
 
 def _start_peer(bench: Bench, batch: int, command: list[str], port: int) -> subprocess.Popen[bytes]:
@@ -241,7 +277,11 @@ def _free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def _peer(command: Callable[[Bench, int], list[str]], post: Callable[[Bench, int], list[Post]]) -> Start:
+def _peer(
+    command: Callable[[Bench, int], list[str]],
+    post: Callable[[Bench, int], list[Post]],
+    read: Callable[[Any], npt.NDArray[np.float32]],
+) -> Start:
     @asynccontextmanager
     async def start(bench: Bench, batch: int) -> AsyncIterator[Running]:
         port = _free_port()
@@ -250,7 +290,7 @@ def _peer(command: Callable[[Bench, int], list[str]], post: Callable[[Bench, int
             async with _http() as client:
                 ask = _asking(client, f"http://127.0.0.1:{port}/predict", post(bench, batch))
                 await _first_answer(ask)
-                yield Running(ask, [process.pid])
+                yield Running(ask, [process.pid], read)
         finally:
             _end(process)
 
@@ -261,7 +301,8 @@ async def _first_answer(ask: Ask) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while True:
         try:
-            return await ask(0)
+            await ask(0)
+            return
         except aiohttp.ClientError:
             if time.monotonic() > deadline:
                 raise
@@ -283,14 +324,22 @@ SYSTEMS: dict[str, Start] = {
     "grpc": _client("grpc"),
     "shm": _client("shm"),
     "client": _client("rest"),
-    "rest": _rest(_binary),
-    "fastapi": _peer(_uvicorn, _raw),
-    "litserve": _peer(lambda bench, port: [_python(bench), "litserve_app.py"], _base64_json),
-    "ray_serve": _peer(lambda bench, port: [_python(bench), "ray_serve_app.py"], _raw),
+    "rest": _rest(_binary, _read_binary),
+    "fastapi": _peer(_uvicorn, _raw, _read_raw),
+    "litserve": _peer(lambda bench, port: [_python(bench), "litserve_app.py"], _form_or_json, _read_base64),
+    "ray_serve": _peer(lambda bench, port: [_python(bench), "ray_serve_app.py"], _raw, _read_raw),
     "decode": decode,
-    "jpeg": _rest(_files),
+    "jpeg": _rest(_files, _read_json),
 }
 """Name -> how it is started."""
+
+
+async def check(bench: Bench, running: Running, batch: int, files: bool) -> None:
+    """Raise unless the first request gets the labels that the engine gives: a fast wrong answer is no result."""
+    crops = np.stack([decode_image(file) for file in jpegs(bench)[:batch]]) if files else bench.requests(batch)[0]
+    labels = running.read(await running.ask(0)).reshape(len(crops), -1)
+    np.testing.assert_allclose(labels, label(session_of(bench), crops), atol=1e-4)
+
 
 PEERS = ("fastapi", "litserve", "ray_serve")
 ALONE = ("engine", "decode")

@@ -36,7 +36,7 @@ TEACHERS = {
     teacher.name: teacher
     for teacher in (
         Teacher("small", NetworkSettings(depth=18, width_multiplier=0.25, stem="cifar"), 32, 10, 4096),
-        Teacher("resnet50", NetworkSettings(depth=50), 224, 1000, 192),
+        Teacher("resnet50", NetworkSettings(depth=50), 224, 1000, 128),
     )
 }
 

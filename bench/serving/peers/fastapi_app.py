@@ -14,6 +14,7 @@ from starlette.concurrency import run_in_threadpool
 SIZE = int(os.environ["BENCH_IMAGE_SIZE"])
 options = onnxruntime.SessionOptions()
 options.intra_op_num_threads = int(os.environ["BENCH_THREADS"])
+options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # spinning threads would take the cores from HTTP
 session = onnxruntime.InferenceSession(os.environ["BENCH_MODEL"], options, providers=["CPUExecutionProvider"])
 app = FastAPI()
 

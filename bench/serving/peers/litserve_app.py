@@ -1,4 +1,5 @@
-"""Peer: LitServe with its own batching over requests. Its bodies are JSON, so the crops come as base64, which its documentation shows.
+"""Peer: LitServe with its own batching over requests. It takes forms and JSON: crops come as a file of a form, or, where they are over the
+megabyte that its queue between processes carries in this way, as base64 in JSON.
 
 Run in the peers' environment: no module of this project is imported. Unit of data: one request of BENCH_REQUEST_IMAGES crops.
 """
@@ -18,10 +19,13 @@ class Teacher(litserve.LitAPI):
     def setup(self, device):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = int(os.environ["BENCH_THREADS"])
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # spinning threads would take the cores from HTTP
         self.session = onnxruntime.InferenceSession(os.environ["BENCH_MODEL"], options, providers=["CPUExecutionProvider"])
 
     def decode_request(self, request):
-        return np.frombuffer(base64.b64decode(request["crops"]), np.uint8).reshape(-1, SIZE, SIZE, 3)
+        crops = request["crops"]
+        data = base64.b64decode(crops) if isinstance(crops, str) else crops.file.read()
+        return np.frombuffer(data, np.uint8).reshape(-1, SIZE, SIZE, 3)
 
     def batch(self, inputs):
         return np.concatenate(inputs)
@@ -41,5 +45,5 @@ class Teacher(litserve.LitAPI):
 
 if __name__ == "__main__":
     api = Teacher(max_batch_size=max(1, int(os.environ["BENCH_MAX_BATCH"]) // PER_REQUEST), batch_timeout=0.002)
-    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=1, timeout=120)
+    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=1, timeout=120, fast_queue=True)
     server.run(host="127.0.0.1", port=int(os.environ["BENCH_PORT"]), generate_client_file=False, log_level="error")

@@ -22,6 +22,7 @@ class Teacher:
     def __init__(self):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = int(os.environ["BENCH_THREADS"])
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # spinning threads would take the cores from HTTP
         self.session = onnxruntime.InferenceSession(os.environ["BENCH_MODEL"], options, providers=["CPUExecutionProvider"])
 
     @serve.batch(max_batch_size=max(1, int(os.environ["BENCH_MAX_BATCH"]) // PER_REQUEST), batch_wait_timeout_s=0.002)
