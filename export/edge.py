@@ -10,7 +10,7 @@ from typing import Literal
 
 from distill.config import Section
 from distill.teacher_info import Preprocessing
-from export.graph import write_atomically
+from export.files import write_atomically
 from export.settings import Int8Gate
 
 STUDENT_METADATA_KEY = "distill.student"

@@ -27,11 +27,12 @@ from typing import NamedTuple
 import numpy as np
 import onnx
 import onnx.compose
-import onnx.version_converter
 from onnx import TensorProto, helper, numpy_helper
 
+from distill.config import validate
 from distill.errors import ConfigError
 from distill.teacher_info import Preprocessing, TeacherInfo
+from export.files import write_atomically
 from export.fingerprint import load_model, read_teacher_info
 from export.foreign_model import keep_only
 from export.graph import (
@@ -40,16 +41,16 @@ from export.graph import (
     MAX_FILE_BYTES,
     SOFT_LABELS,
     TEMPERATURE,
-    first_line,
     save_model,
     strip_descriptions,
-    write_atomically,
 )
+from export.graph_regions import opset_of
 from export.imports import teacher_file
 from export.label_space import Crops, Logits
 from export.parity import Reference
 from export.sessions import open_session
 from export.settings import TeacherExportSettings
+from export.simplify import at_least_opset
 from export.teacher import admit_teacher, unchecked_model
 
 MEMBERS_FILE = "members.json"
@@ -75,7 +76,7 @@ def read_members(wanted: Sequence[tuple[Path, float]]) -> list[Member]:
         wanted: (teacher folder or its `model.onnx`, weight above 0) of each.
 
     Raises:
-        ConfigError: fewer than two, one twice, a weight that is not above 0, or members that differ in classes or crop size.
+        ConfigError: fewer than two, one twice, a weight that is not above 0, or members that differ in classes, crop size or precision.
         StageMissing, BadInput, FingerprintMismatch: see `read_teacher_info`.
     """
     if len(wanted) < 2:
@@ -99,7 +100,7 @@ def ensemble_preprocessing(members: Sequence[Member], crop_ratio: float | None =
     """What an image goes through before the ensemble sees it. Each member normalises by itself; a mean and std that all share are stated.
 
     Raises:
-        ConfigError: the members' evaluation crops differ and none is chosen.
+        ConfigError: the members' evaluation crops differ and none is chosen, or the chosen one is not above 0 and at most 1.
     """
     first = members[0].info.preprocessing
     ratios = {member.info.preprocessing.crop_ratio for member in members}
@@ -108,7 +109,8 @@ def ensemble_preprocessing(members: Sequence[Member], crop_ratio: float | None =
         raise ConfigError(f"the members' evaluation crops differ (crop_ratio of {said}): choose one with --crop-ratio")
     same = all((m.info.preprocessing.mean, m.info.preprocessing.std) == (first.mean, first.std) for m in members)
     normalised = {"mean": first.mean, "std": first.std} if same else {}
-    return Preprocessing(image_size=first.image_size, crop_ratio=crop_ratio or first.crop_ratio, **normalised)
+    chosen = first.crop_ratio if crop_ratio is None else crop_ratio
+    return validate(Preprocessing, {"image_size": first.image_size, "crop_ratio": chosen, **normalised}, origin="ensemble")
 
 
 def export_ensemble(
@@ -127,17 +129,19 @@ def export_ensemble(
         crops_NHWC: uint8 [N,H,W,3], real crops for the parity gate.
         image_ids: N names of their images.
         folder: the teacher folder; beside graph and parity report it gets `members.json`.
-        settings: name, default temperature and limits.
+        settings: name, default temperature and limits. The precision is that of the members; what is added to them computes in fp32.
 
     Raises:
         ConfigError: a member that cannot be merged, a graph over 2 GiB, a name that cannot be.
         ParityError: the graph does not say what the mean of the members says.
     """
+    settings = settings.replace(precision=members[0].info.precision)
     with unchecked_model(folder) as path:
         merge_teachers(members, path)
         write_atomically(folder / MEMBERS_FILE, (json.dumps(provenance(members), indent=2) + "\n").encode())
         class_names = members[0].info.class_names
-        return admit_teacher(path, folder, mean_reference(members), preprocessing, class_names, crops_NHWC, image_ids, settings)
+        reference = mean_reference(members)
+        return admit_teacher(path, folder, reference, preprocessing, class_names, crops_NHWC, image_ids, settings, as_it_is=True)
 
 
 def provenance(members: Sequence[Member]) -> list[dict[str, str | int | float]]:
@@ -173,9 +177,9 @@ def merge_teachers(members: Sequence[Member], target: Path) -> None:
     if size_bytes > MAX_FILE_BYTES:
         raise ConfigError(f"the members have {size_bytes} bytes together; one ONNX file holds {MAX_FILE_BYTES}: take fewer")
     models = [_bare(member) for member in members]
-    opset = max(MIN_OPSET, *(_opset(model) for model in models))
+    opset = max(MIN_OPSET, *(opset_of(model) for model in models))
     models = [
-        onnx.compose.add_prefix(_raised(model, opset, member), f"member_{number}/")
+        onnx.compose.add_prefix(at_least_opset(model, opset, f"member {member.model}:"), f"member_{number}/")
         for number, (model, member) in enumerate(zip(models, members, strict=True))
     ]
     info = members[0].info
@@ -241,23 +245,6 @@ def _averaging(weights: Sequence[float]) -> tuple[list[onnx.NodeProto], list[Ten
     return nodes, constants
 
 
-def _opset(model: onnx.ModelProto) -> int:
-    return next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
-
-
-def _raised(model: onnx.ModelProto, opset: int, member: Member) -> onnx.ModelProto:
-    """The member in the operator set of the newest one. The parity gate sees whether it still says the same."""
-    if _opset(model) == opset:
-        return model
-    try:
-        return onnx.version_converter.convert_version(model, opset)
-    except (RuntimeError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ConfigError(
-            f"member {member.model} is of opset {_opset(model)} and cannot be raised to {opset}: {first_line(error)[:200]};"
-            f" export it anew with teacher.opset={opset}"
-        ) from error
-
-
 def _opsets(models: Sequence[onnx.ModelProto], members: Sequence[Member]) -> list[onnx.OperatorSetIdProto]:
     """Every operator domain of every member, once."""
     versions: dict[str, int] = {}
@@ -285,4 +272,9 @@ def _require_alike(first: Member, other: Member) -> None:
     if sizes[0] != sizes[1]:
         raise ConfigError(
             f"{other.model} sees crops of {sizes[1]} pixels, {first.model} of {sizes[0]}: members see the same crops; export one anew"
+        )
+    if first.info.precision != other.info.precision:
+        raise ConfigError(
+            f"{other.model} computes in {other.info.precision}, {first.model} in {first.info.precision}: members have the same precision;"
+            " export one anew"
         )

@@ -27,7 +27,7 @@ from distill.errors import ConfigError, DistillError
 from distill.wire import IMAGES, LOGITS, SOFT_LABELS, TEMPERATURE
 from export.files import first_line, write_atomically
 
-__all__ = ["IMAGES", "LOGITS", "SOFT_LABELS", "TEMPERATURE", "first_line", "write_atomically"]
+__all__ = ["IMAGES", "LOGITS", "SOFT_LABELS", "TEMPERATURE"]
 
 MAX_BATCH = 4096
 MAX_FILE_BYTES = 2**31 - 2**20

@@ -25,7 +25,7 @@ from onnxruntime.quantization.calibrate import MinMaxCalibrater
 
 from distill.errors import DistillError
 from export.calibration import CropReader
-from export.graph import first_line
+from export.files import first_line
 from export.graph_regions import drop_unused_constants, float_tensors, head_and_tail, name_nodes, names_used, subgraphs
 from export.label_space import Crops
 from export.sessions import ORT_ERRORS

@@ -14,18 +14,20 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from distill.errors import ConfigError
+from distill.errors import ConfigError, ParityError
 from distill.teacher_info import METADATA_KEY, Preprocessing, TeacherInfo
 from export.contract import require_same_classes, require_same_size
 from export.crop_size import resized_pixels, travelling
+from export.files import write_atomically
 from export.fingerprint import load_model, read_teacher_info, write_teacher_info
 from export.foreign_model import ImageInput, forget_initialiser_inputs
-from export.graph import write_atomically
 from export.label_space import Crops, Logits
 from export.parity import Reference
+from export.parity_files import REPORT_FILE, report_of
 from export.sessions import open_session_of
 from export.settings import StatedPreprocessing, TeacherExportSettings, usual_crop_ratio
 from export.teacher import TEACHER_FILE, admit_teacher, unchecked_model
+from export.teacher_precision import weights_precision
 from export.wrap import Wrapped, wrap_classifier
 
 
@@ -50,18 +52,28 @@ def import_onnx(
         class_names: K names, in the order of the logits.
         crops_NHWC: uint8 [N,H,W,3], real crops for the parity gate, of `settings.input_size` where that is given.
         image_ids: N names of their images.
+        settings: where they leave `precision` open, it is that of the source's weights.
         logits: the tensor that holds the logits, where the model has several outputs or ends in a softmax.
 
     Raises:
-        ConfigError: the model has a form that cannot be wrapped, or other classes than named.
+        ConfigError: the model has a form that cannot be wrapped, other classes than named, or weights of less precision than asked for.
         ParityError: the wrapped model does not say what the original says.
     """
+    found = weights_precision(source)
+    if "precision" not in settings.model_fields_set:
+        settings = settings.replace(precision=found)
+    elif found not in ("fp32", settings.precision):
+        raise ConfigError(
+            f"{source.name} has weights in {found}, so precision {settings.precision} cannot be had from it: leave precision out, which"
+            " takes it as it is, or give the fp32 model"
+        )
+    as_it_is = found == settings.precision
     with unchecked_model(folder) as path:
         wrapped = wrap_classifier(source, path, preprocessing, logits, settings.input_size)
         reference = original_reference(source, wrapped, preprocessing)
         _require_classes(reference(crops_NHWC[:1]), class_names, source)
         stated = travelling(preprocessing, settings.input_size)
-        return admit_teacher(path, folder, reference, stated, class_names, crops_NHWC, image_ids, settings, version)
+        return admit_teacher(path, folder, reference, stated, class_names, crops_NHWC, image_ids, settings, version, as_it_is=as_it_is)
 
 
 def onnx_preprocessing(source: Path, stated: StatedPreprocessing) -> Preprocessing:
@@ -101,6 +113,7 @@ def adopt_teacher(
 
     Raises:
         ConfigError: it has other classes, or sees crops of another size.
+        ParityError: no report beside it says that this very teacher passed the gate.
         BadInput: no teacher of ours, or one that was altered.
     """
     model = teacher_file(source)
@@ -108,10 +121,14 @@ def adopt_teacher(
     require_same_classes(info.class_names, class_names, str(source))
     require_same_size(info.preprocessing, image_size, str(source))
     _require_as_it_is(info, settings, source)
-    parity = model.with_name("parity.json")
+    report = report_of(model, info.fingerprint)
+    if report is None:
+        raise ParityError(
+            f"beside {model} no {REPORT_FILE} says that teacher {info.fingerprint[:12]} passed the parity gate: give the folder that"
+            " `distill export-teacher` or `distill import` made, or export the teacher again"
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    if parity.is_file():
-        write_atomically(folder / parity.name, parity.read_bytes())
+    write_atomically(folder / REPORT_FILE, report)
     info = info.replace(name=settings.name, default_temperature=settings.default_temperature)
     write_teacher_info(model, info, folder / TEACHER_FILE)
     return info
@@ -119,13 +136,10 @@ def adopt_teacher(
 
 def _require_as_it_is(info: TeacherInfo, settings: TeacherExportSettings, source: Path) -> None:
     """A finished graph is taken over as it is: another precision or other outputs would be another teacher, with another fingerprint."""
-    asked = {
-        "precision": (settings.precision, info.precision, "fp32"),
-        "top_outputs": (settings.top_outputs, info.top_outputs, None),
-        "input_size": (settings.input_size, info.preprocessing.image_size, None),
-    }
-    for name, (wanted, found, not_asked) in asked.items():
-        if wanted not in (not_asked, found):
+    found_in = {"precision": info.precision, "top_outputs": info.top_outputs, "input_size": info.preprocessing.image_size}
+    for name, found in found_in.items():
+        wanted = getattr(settings, name)
+        if name in settings.model_fields_set and wanted not in (None, found):
             raise ConfigError(
                 f"{source} is a finished teacher with {name} {found}, so teacher.{name}: {wanted} comes too late: leave it out, or"
                 " import what the teacher was made from"

@@ -22,6 +22,7 @@ from distill.config import Section
 from distill.errors import BadInput, ParityError
 from export.files import write_atomically
 from export.label_space import Crops, Logits, Reals, kl_divergence, softmax
+from export.parity_files import FAILED_REPORT_FILE, REPORT_FILE
 from export.runners import OnnxRunner, Runner
 from export.settings import ParityLimits, Precision
 from export.worst_images import save_worst
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 NUM_WORST = 8
-REPORT_FILE = "parity.json"
 Reference = Callable[[Crops], Logits]
 """uint8 crops [B,H,W,3] -> logits [B,K]: the network that the graph was made from."""
 
@@ -69,6 +69,8 @@ class ParityReport(Section):
     """Largest |soft label - softmax(logits / temperature)| with mixed temperatures in one batch; null for a graph without soft labels."""
     engine: str = ""
     """What the graph was run in."""
+    fingerprint: str = ""
+    """The teacher that was compared; empty for a student or an engine."""
     precision: Precision = "fp32"
     """What the graph computes in."""
     opset: int | None = None
@@ -138,7 +140,9 @@ def check_parity(
 
 
 def require_parity(report: ParityReport, folder: Path, name: str, crops_NHWC: Crops | None = None) -> None:
-    """Write `parity.json` into `folder`, and the worst crops as pictures into `worst` beside it, then stop if the graph did not pass.
+    """Write the report into `folder`, and the worst crops as pictures into `worst` beside it, then stop if the graph did not pass.
+
+    A graph that passed has its report in `parity.json`, one that failed in `parity-failed.json`.
 
     Args:
         report: of the comparison.
@@ -149,11 +153,13 @@ def require_parity(report: ParityReport, folder: Path, name: str, crops_NHWC: Cr
     Raises:
         ParityError: with every number that is over its limit, in one line.
     """
-    path = folder / REPORT_FILE
+    path = folder / (REPORT_FILE if report.passed else FAILED_REPORT_FILE)
     if crops_NHWC is not None:
         save_worst(folder, crops_NHWC, [(offender.row, offender.image_id) for offender in report.worst])
     write_atomically(path, (report.model_dump_json(indent=2) + "\n").encode())
-    if not report.passed:
+    if report.passed:
+        (folder / FAILED_REPORT_FILE).unlink(missing_ok=True)
+    else:
         raise ParityError(
             f"{name} does not say what the network says: {'; '.join(report.failures)} ({report.num_images} images; the worst are in {path})"
         )

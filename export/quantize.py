@@ -23,8 +23,9 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from distill.errors import DistillError
 from export.calibration import CropReader
+from export.files import first_line
 from export.fingerprint import load_model
-from export.graph import LOGITS, first_line, save_model, strip_descriptions
+from export.graph import LOGITS, save_model, strip_descriptions
 from export.graph_regions import drop_unused_constants, head_and_tail, name_nodes
 from export.label_space import Crops
 from export.sessions import ORT_ERRORS

@@ -19,8 +19,9 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 from distill.config import Section
 from distill.errors import BadInput, ConfigError, DistillError, FingerprintMismatch, StageMissing
 from distill.teacher_info import METADATA_KEY, TeacherInfo
+from export.files import write_atomically
 from export.fingerprint import read_teacher_info
-from export.graph import write_atomically
+from export.first_answer import require_answer
 from export.imports import teacher_file
 from export.settings import RepositorySettings
 from export.triton_repository import (
@@ -89,15 +90,15 @@ def add_version(
     folder = repository / info.name
     with changing(repository):
         sweep(folder)
-        for version in served_versions(repository, info.name):
-            if _fingerprint_of(folder / str(version)) == info.fingerprint:
-                raise ConfigError(
-                    f"{info.name} has teacher {info.fingerprint[:12]} already, as version {version};"
-                    f" serve it with `distill repository activate {info.name} {version}`"
-                )
+        if (version := version_of(repository, info.name, info.fingerprint)) is not None:
+            raise ConfigError(
+                f"{info.name} has teacher {info.fingerprint[:12]} already, as version {version};"
+                f" serve it with `distill repository activate {info.name} {version}`"
+            )
         info = info.replace(version=_next_version(folder))
         current = read_config(folder)
         if current is None:
+            require_answer(model, info)  # it is served at once
             write_atomically(folder / "warmup" / WARMUP_TEMPERATURE, struct.pack("<f", 1.0))
         put_version(model, info, folder / str(info.version))
         if current is None:
@@ -128,6 +129,13 @@ def active_version(repository: Path, name: str) -> int | None:
     """The version that a model's configuration names; None without a configuration, or where it leaves the choice to Triton."""
     config = read_config(repository / name)
     return max(config.version_policy.specific.versions, default=None) if config is not None else None
+
+
+def version_of(repository: Path, name: str, fingerprint: str) -> int | None:
+    """The served version of a model, or else the lowest, that is this teacher; None if none is."""
+    active = active_version(repository, name)
+    found = [number for number in served_versions(repository, name) if _fingerprint_of(repository / name / str(number)) == fingerprint]
+    return active if active in found else min(found, default=None)
 
 
 def activation(repository: Path, name: str, version: int) -> ModelConfig:

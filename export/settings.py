@@ -104,7 +104,8 @@ class TeacherExportSettings(Section):
     num_parity_images: int = Field(default=256, ge=1)
     """Real crops that the graph and the network are compared on."""
     num_calibration_images: int = Field(default=256, ge=8)
-    """Further real crops that the ranges of fp16 and int8 are measured on; if there are no 8 more, the compared ones serve for both."""
+    """Further real crops that the ranges of fp16 and int8 are measured on. Where there are not enough images for both, a fifth of them;
+    fp16 and int8 need at least 32 images to compare and 8 further ones."""
     parity_temperatures: tuple[float, ...] = Field(default=(1.0, 4.0), min_length=1)
     """Temperatures that the comparison is made at."""
     parity: ParityLimits | None = None

@@ -2,8 +2,9 @@
 
     network -> fp32 graph -> [top outputs] -> [fp16 or int8] -> parity gate -> fingerprint -> model.onnx -> repository
 
-Unit of data: one teacher folder, with `model.onnx` (the teacher graph, its `TeacherInfo` in the metadata), `parity.json` and, in `worst/`,
-the crops that it is worst on. `model.onnx` appears under this name only after it has passed the parity gate.
+Unit of data: one teacher folder, with `model.onnx` (the teacher graph, its `TeacherInfo` in the metadata), `parity.json`, which names that
+teacher, and, in `worst/`, the crops that it is worst on. `model.onnx` appears under this name only after it has passed the parity gate; the
+report of a graph that failed is `parity-failed.json`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from export.graph import export_teacher_graph, save_model
 from export.label_space import Crops
 from export.parity import Reference, require_parity, torch_reference
 from export.settings import TeacherExportSettings
-from export.teacher_precision import set_precision, split_crops
+from export.teacher_precision import found_precision, set_precision, split_crops
 from export.top_outputs import add_top_outputs
 from export.triton_repository import ServedModel, write_repository
 
@@ -52,8 +53,8 @@ def export_teacher(
         folder: the teacher folder, made if it is not there. An older teacher in it stays until this one has passed.
 
     Raises:
-        ConfigError: a name, or a number of classes, that cannot be.
-        ParityError: the graph does not say what the network says; `parity.json` names the worst crops.
+        ConfigError: a name, or a number of classes, that cannot be; too few crops for fp16 or int8.
+        ParityError: the graph does not say what the network says; `parity-failed.json` names the worst crops.
     """
     stated = travelling(preprocessing, settings.input_size)
     own_size, size = preprocessing.image_size, stated.image_size
@@ -75,18 +76,22 @@ def admit_teacher(
     image_ids: Sequence[str],
     settings: TeacherExportSettings,
     version: int = 1,
+    *,
+    as_it_is: bool = False,
 ) -> TeacherInfo:
-    """Give an fp32 teacher graph its outputs and precision, let it through the parity gate, write into it who it is, and give it its name.
+    """Give an fp32 teacher graph its outputs and precision, write into it who it is, let it through the parity gate, and give it its name.
 
-    Raises as `export_teacher`.
+    With `as_it_is` the graph is in `settings.precision` already, and only the limits are that precision's. Raises as `export_teacher`.
     """
-    compared, measured_on = split_crops(crops_NHWC, settings.num_parity_images)
+    if as_it_is or settings.precision == "fp32":
+        compared, measured_on = crops_NHWC[: settings.num_parity_images], crops_NHWC[:0]
+    else:
+        compared, measured_on = split_crops(crops_NHWC, settings.num_parity_images)
     if settings.top_outputs:
         model = load_model(path)
         add_top_outputs(model, settings.top_outputs)
         save_model(model, path)
-    report = set_precision(path, measured_on, settings).check(reference, compared, list(image_ids[: len(compared)]))
-    require_parity(report, folder, f"teacher {settings.name}", compared)
+    made = found_precision(path, settings) if as_it_is else set_precision(path, measured_on, settings)
     info = stamp_teacher(
         path,
         name=settings.name,
@@ -97,14 +102,23 @@ def admit_teacher(
         precision=settings.precision,
         top_outputs=settings.top_outputs,
     )
+    report = made.check(reference, compared, list(image_ids[: len(compared)])).replace(fingerprint=info.fingerprint)
+    require_parity(report, folder, f"teacher {settings.name}", compared)
     path.replace(folder / TEACHER_FILE)
     return info
 
 
-def publish_teacher(folder: Path, repository: Path, settings: TeacherExportSettings, *, replace: bool = False) -> ServedModel:
-    """Put the teacher of a teacher folder into a Triton model repository. Raises as `write_repository`."""
+def publish_teacher(
+    folder: Path, repository: Path, settings: TeacherExportSettings, *, replace: bool = False, version: int | None = None
+) -> ServedModel:
+    """Put the teacher of a teacher folder into a Triton model repository, and serve it, as the version it says or another one.
+
+    Raises as `write_repository`.
+    """
     model = folder / TEACHER_FILE
-    return write_repository(repository, model, read_teacher_info(model), settings.repository, replace=replace)
+    info = read_teacher_info(model)
+    info = info if version is None else info.replace(version=version)
+    return write_repository(repository, model, info, settings.repository, replace=replace)
 
 
 @contextlib.contextmanager

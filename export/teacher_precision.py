@@ -5,22 +5,26 @@ Unit of data: one teacher file, rewritten in place.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+from onnx import TensorProto
 
+from distill.errors import ConfigError
 from export.fingerprint import load_model
 from export.graph import save_model
 from export.graph_regions import opset_of
 from export.half_precision import HalfPrecision, to_half_precision
 from export.label_space import Crops
 from export.parity import ParityReport, Reference, check_parity
-from export.quantize import quantize_int8
+from export.quantize import int8_weight_share, quantize_int8
 from export.runners import OnnxRunner
-from export.settings import TeacherExportSettings
+from export.settings import Precision, TeacherExportSettings
 from export.simplify import at_least_opset
+from export.top_outputs import top_output_failures
 
+FEWEST_COMPARED_CROPS = 32
 FEWEST_CALIBRATION_CROPS = 8
 PER_CHANNEL_OPSET = 13
 """The first opset that says int8 with a scale for each channel."""
@@ -39,12 +43,15 @@ class PreciseTeacher:
 
     def check(self, reference: Reference, crops_NHWC: Crops, image_ids: list[str]) -> ParityReport:
         """The parity gate. An fp16 teacher passes it twice: as the file is run here, and as a GPU runs it; the report is of the first
-        that failed, or of the GPU's."""
+        that failed, or of the GPU's. Top outputs must be the largest of the file's own logits."""
         limits, temperatures = self.settings.limits, self.settings.parity_temperatures
         report = check_parity(reference, self.path, crops_NHWC, image_ids, limits, temperatures)
         if self.half is not None and report.passed:
             rounded = OnnxRunner.of_model(self.half.as_rounded, self.path.name, f"{report.engine}, {ROUNDED}")
             report = check_parity(reference, rounded, crops_NHWC, image_ids, limits, temperatures)
+        if self.settings.top_outputs and len(crops_NHWC):
+            failures = top_output_failures(self.path, crops_NHWC, self.settings.top_outputs)
+            report = report.replace(failures=(*report.failures, *failures))
         kept = self.half.kept_in_fp32 if self.half else ()
         return report.replace(precision=self.settings.precision, opset=self.opset, kept_in_fp32=kept)
 
@@ -72,8 +79,36 @@ def set_precision(path: Path, crops_NHWC: Crops, settings: TeacherExportSettings
     return PreciseTeacher(path, settings, opset_of(load_model(path)), half)
 
 
+def found_precision(path: Path, settings: TeacherExportSettings) -> PreciseTeacher:
+    """A teacher graph that is in `settings.precision` already, as it is."""
+    return PreciseTeacher(path, settings, opset_of(load_model(path)), None)
+
+
+def weights_precision(path: Path) -> Precision:
+    """What an ONNX file computes in, as its weights tell: int8 or fp16 where more than half of them are."""
+    if int8_weight_share(path) > 0.5:
+        return "int8"
+    num_weights = {TensorProto.FLOAT: 0, TensorProto.FLOAT16: 0}
+    for tensor in load_model(path).graph.initializer:
+        if tensor.data_type in num_weights:
+            num_weights[tensor.data_type] += math.prod(tensor.dims)
+    return "fp16" if num_weights[TensorProto.FLOAT16] > num_weights[TensorProto.FLOAT] else "fp32"
+
+
 def split_crops(crops_NHWC: Crops, num_compared: int) -> tuple[Crops, Crops]:
-    """(those that are compared, those that ranges are measured on): different ones, so that the gate sees what was not measured; the
-    same where there are too few for both."""
-    rest = crops_NHWC[num_compared:]
-    return crops_NHWC[:num_compared], rest if len(rest) >= FEWEST_CALIBRATION_CROPS else np.asarray(crops_NHWC)
+    """(those that are compared, those that ranges are measured on): different ones, so that the gate sees what was not measured.
+
+    Where there are too few for both, a fifth of them is measured on.
+
+    Raises:
+        ConfigError: fewer than 32 to compare, or than 8 further ones.
+    """
+    count = len(crops_NHWC)
+    num_compared = min(num_compared, count - max(FEWEST_CALIBRATION_CROPS, count // 5))
+    if num_compared < FEWEST_COMPARED_CROPS:
+        raise ConfigError(
+            f"fp16 and int8 need {FEWEST_COMPARED_CROPS} images to compare and {FEWEST_CALIBRATION_CROPS} further ones to measure ranges"
+            f" on; of the {count} here, {max(0, num_compared)} would be compared: give more images and teacher.num_parity_images of at"
+            f" least {FEWEST_COMPARED_CROPS}, or take precision fp32"
+        )
+    return crops_NHWC[:num_compared], crops_NHWC[num_compared:]

@@ -22,18 +22,18 @@ from typing import Any, NamedTuple
 from google.protobuf import text_format  # type: ignore[import-untyped]
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup, ModelQueuePolicy, ModelWarmup
 
+from distill.config import validate
 from distill.errors import BadInput, ConfigError, FingerprintMismatch
 from distill.teacher_info import METADATA_KEY, TeacherInfo
 from distill.wire import IMAGES, LOGITS, SOFT_LABELS, TEMPERATURE, TOP_IDS, TOP_LOGITS
 from export.acceleration import accelerate
 from export.files import write_atomically
 from export.fingerprint import read_teacher_info, write_teacher_info
+from export.parity_files import REPORT_FILE, report_of
 from export.settings import RepositorySettings
 
 WARMUP_TEMPERATURE = "temperature_one"
 """File in <name>/warmup: Triton's own zero_data would divide the logits by 0."""
-PARITY = "parity.json"
-"""What the parity gate found: beside the graph in a teacher folder, and beside it in the repository."""
 _LEFTOVERS = (".pending", ".removed")
 
 
@@ -131,9 +131,14 @@ def write_config(folder: Path, config: ModelConfig) -> None:
 
 
 def config_for(info: TeacherInfo, current: ModelConfig) -> ModelConfig:
-    """The configuration that serves `info` as `current` says a teacher is to be run: batching, queue, instances, threads, warm-up."""
+    """The configuration that serves `info` as `current` says a teacher is to be run: batching, queue, instances, threads, warm-up.
+
+    Raises:
+        ConfigError: `current` says something that no configuration of ours says.
+    """
     warmup = tuple(entry.batch_size for entry in current.model_warmup)
-    settings = RepositorySettings(max_batch_size=current.max_batch_size, warmup_batch_sizes=warmup, **_acceleration_in(current))
+    tree = {"max_batch_size": current.max_batch_size, "warmup_batch_sizes": warmup, **_acceleration_in(current)}
+    settings = validate(RepositorySettings, tree, origin=f"config.pbtxt of {current.name!r}")
     config = model_config(info, settings)
     # TensorRT's engines and precision are this teacher's own; everything else of the optimisation stays.
     accelerators = copy.deepcopy(config.optimization.execution_accelerators)
@@ -235,21 +240,20 @@ def put_version(model: Path, info: TeacherInfo, folder: Path) -> None:
     A version that is there already gets the new file in one step: without its folder, Triton could not start.
     """
     if folder.exists():
-        (folder / PARITY).unlink(missing_ok=True)  # it is about the old file
+        (folder / REPORT_FILE).unlink(missing_ok=True)  # it is about the old file
         write_teacher_info(model, info, folder / "model.onnx")
-        _copy_parity(model, folder)
+        _copy_parity(model, info, folder)
         return
     pending = folder.with_name(f".{folder.name}.{os.getpid()}.pending")
     try:
         write_teacher_info(model, info, pending / "model.onnx")
-        _copy_parity(model, pending)
+        _copy_parity(model, info, pending)
         pending.rename(folder)
     finally:
         shutil.rmtree(pending, ignore_errors=True)
 
 
-def _copy_parity(model: Path, folder: Path) -> None:
-    """Only from a teacher folder: beside any other file, a parity.json may be about something else."""
-    report = model.with_name(PARITY)
-    if model.name == "model.onnx" and report.is_file():
-        write_atomically(folder / PARITY, report.read_bytes())
+def _copy_parity(model: Path, info: TeacherInfo, folder: Path) -> None:
+    """Only a report about this teacher: beside a file, one of another may lie."""
+    if (report := report_of(model, info.fingerprint)) is not None:
+        write_atomically(folder / REPORT_FILE, report)

@@ -13,8 +13,8 @@ from pathlib import Path
 from PIL import Image
 
 from export.label_space import Crops
+from export.parity_files import WORST_FOLDER
 
-FOLDER = "worst"
 _LONGEST_NAME = 80
 
 
@@ -22,11 +22,11 @@ def save_worst(folder: Path, crops_NHWC: Crops, worst: Iterable[tuple[int, str]]
     """Write the pictures into `folder/worst`, in place of those of an earlier comparison.
 
     Args:
-        folder: where `parity.json` lies.
+        folder: where the report lies.
         crops_NHWC: uint8 [N,H,W,3], all that were compared.
         worst: row among the crops, and image id, worst first.
     """
-    target = folder / FOLDER
+    target = folder / WORST_FOLDER
     shutil.rmtree(target, ignore_errors=True)
     for rank, (row, image_id) in enumerate(worst, start=1):
         target.mkdir(parents=True, exist_ok=True)

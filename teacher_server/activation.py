@@ -2,7 +2,8 @@
 
 Flow: (1) the new version is loaded beside the old one and gives a canary label, which nobody else sees; (2) the repository on disk is told;
 (3) Triton is told to serve the new version alone. Until (2) every failure leaves all as it was; a crash between (2) and (3) leaves a Triton
-that serves the old version until its next start. Unit of data: one model.
+that serves the old version until its next start. A version with other tensors (classes, crop size, top outputs) cannot lie beside the old
+one: it takes its place for as long as it is asked for that label, and gives it back if there is none. Unit of data: one model.
 
 What clients see (measured with Triton 2.51): the configuration and the version change in the same moment; a request that Triton has taken
 in is answered by the version that it was asked of; one that comes too late for the old version gets UNAVAILABLE, "not at ready state", out
@@ -71,6 +72,17 @@ class TritonControl:
                 ) from error
             raise DistillError(f"Triton at {self.url} does not load {model!r}: {message[:500]}") from error
 
+    def unload(self, model: str) -> None:
+        """Serve the model no longer.
+
+        Raises:
+            TeacherUnavailable, DistillError: Triton does not answer, or refuses.
+        """
+        try:
+            self._client.unload_model(model, client_timeout=_ASK_TIMEOUT_S)
+        except InferenceServerException as error:
+            raise translated(error, f"Triton at {self.url}") from error
+
     def close(self) -> None:
         """Close the connection."""
         self._client.close()
@@ -97,7 +109,7 @@ def swap_version(control: TritonControl, config: ModelConfig, put_on_disk: Calla
     Args:
         control: the running Triton.
         config: as it will lie in the repository that this Triton reads.
-        put_on_disk: writes it there; called once the new version has given a label, or nothing of the model is being served.
+        put_on_disk: writes it there; called once the new version has given a label.
 
     Returns:
         `swapped`: without a gap. `loaded`: nothing of the model was being served. `served`: it was the served version before.
@@ -119,14 +131,19 @@ def swap_version(control: TritonControl, config: ModelConfig, put_on_disk: Calla
         if list(running.version_policy.specific.versions) != [info.version]:  # an activation that was cut off left another one beside it
             control.load(config.name)
         return "served"
+    tried = config
     if running is not None and before is not None and _same_tensors(running, config):
-        control.load(config.name, _beside(running, before.version, info.version))
-        try:
-            asyncio.run(_require_label(control.url, info))
-        except DistillError:
-            control.load(config.name)  # what the disk says: the old version alone
-            raise
-    put_on_disk()
+        tried = _beside(running, before.version, info.version)
+    control.load(config.name, tried)
+    try:
+        asyncio.run(_require_label(control.url, info))
+        put_on_disk()
+    except BaseException:  # Ctrl-C, too: what the disk does not say must not go on being served
+        if running is None:
+            control.unload(config.name)
+        else:
+            control.load(config.name, running)
+        raise
     control.load(config.name)
     asyncio.run(_require_label(control.url, info))
     logger.info("Triton at %s serves version %d of %s", control.url, info.version, info.name)

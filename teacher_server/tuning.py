@@ -30,9 +30,12 @@ WORTH_A_LOOK = 1.25
 """A round may find a candidate's median latency this much over the limit and be wrong about it."""
 AS_FAST = 0.97
 """Candidates that reach this share of the best throughput count as equally fast; the one with the lower latency is chosen."""
+NOT_REACHED = "not reached in the time"
+"""Note of a row that the first round did not get to."""
 _SHORTEST_WINDOW_S = 0.5
 _LONGEST_WINDOW_S = 6.0
 _REQUESTS_A_CLIENT = 3
+_FAILED = "failed: "
 _LOAD_GUESS_S = 2.0
 _LOOKS_A_CANDIDATE = 1.75
 """All in the first round, half of them in the second, a quarter in the third."""
@@ -114,10 +117,19 @@ def candidates(cores: int, max_batch_size: int, *, budget_s: float = 3600.0, on_
     return [Candidate(batch_size, count, threads) for batch_size in batches for count, threads in pairs]
 
 
+def needed_s(table: Sequence[Measured], spent_s: float, num_candidates: int) -> float | None:
+    """How long a tuning of `num_candidates` would take, where `spent_s` did not do for the first round; None where it did."""
+    if not any(row.note == NOT_REACHED for row in table):
+        return None
+    num_measured = sum(1 for row in table if row.num_rounds or row.note.startswith(_FAILED))
+    return _LOOKS_A_CANDIDATE * num_candidates * spent_s / max(1, num_measured)
+
+
 def choose(table: Sequence[Measured], max_p99_ms: float) -> Measured | None:
     """The row with the most images a second whose p99 is within the limit, of equally fast ones that with the lowest p99; or None.
 
-    Rows that were measured as often as any come first: one lucky round must not win over medians.
+    Rows that were measured as often as any come first: one lucky round must not win over medians. `Tuner.table` counts only the rounds
+    that all who were still in them finished, so a time that ends in the middle of a round decides nothing.
     """
     within = [row for row in table if row.images_per_s is not None and row.p99_ms is not None and row.p99_ms <= max_p99_ms]
     most_rounds = max((row.num_rounds for row in within), default=0)
@@ -150,23 +162,30 @@ class Tuner:
         self._rounds: dict[Candidate, list[Round]] = {}
         self._notes: dict[Candidate, str] = {}
         self._load_s = [_LOAD_GUESS_S]
+        self._num_finished = 0
 
     def measure_all(self, wanted: Sequence[Candidate], budget_s: float) -> Iterator[Candidate]:
         """Measure for at most about `budget_s` seconds; gives each candidate after it was looked at, so that progress can be shown."""
         deadline = time.monotonic() + budget_s
         self._rounds = {candidate: [] for candidate in wanted}
+        self._num_finished = 0
         survivors = list(wanted)
         for number in range(NUM_ROUNDS):
+            finished = True
             left = [len(survivors) / 2**later for later in range(NUM_ROUNDS - number)]
             for position, candidate in enumerate(survivors):
                 if (reason := self._not_worth_it(candidate)) or time.monotonic() > deadline:
+                    finished = finished and reason is not None
                     if not self._rounds[candidate]:
-                        self._notes[candidate] = reason or "not reached in the time"
+                        self._notes[candidate] = reason or NOT_REACHED
                     yield candidate
                     continue
                 to_do = sum(left) - position
                 self._measure(candidate, (deadline - time.monotonic()) / to_do - statistics.median(self._load_s))
                 yield candidate
+            if not finished:
+                return
+            self._num_finished = number + 1
             survivors = self._better_half(survivors)
 
     def num_measurements(self, num_candidates: int) -> int:
@@ -178,7 +197,8 @@ class Tuner:
         return total
 
     def table(self) -> list[Measured]:
-        """One row for each candidate."""
+        """One row for each candidate, from the rounds that every candidate still in them was looked at in; the first counts in any case."""
+        counted = {candidate: rounds[: max(1, self._num_finished)] for candidate, rounds in self._rounds.items()}
         return [
             Measured(
                 **candidate._asdict(),
@@ -186,7 +206,7 @@ class Tuner:
                 note=self._notes.get(candidate, ""),
                 **({name: statistics.median(getattr(r, name) for r in rounds) for name in Round._fields} if rounds else {}),
             )
-            for candidate, rounds in self._rounds.items()
+            for candidate, rounds in counted.items()
         ]
 
     def _measure(self, candidate: Candidate, window_s: float) -> None:
@@ -197,7 +217,7 @@ class Tuner:
             self._load_s.append(time.monotonic() - started)
             found = asyncio.run(measure(self._control.url, self._model, self._crops_NHWC, candidate, window_s))
         except DistillError as error:
-            self._notes[candidate] = f"failed: {error}"[:200]
+            self._notes[candidate] = f"{_FAILED}{error}"[:200]
             return
         self._rounds[candidate].append(found)
 

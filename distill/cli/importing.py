@@ -160,7 +160,9 @@ def torch(weights: Path, arch: str, **options: Any) -> None:
 @click.option(
     "--images", required=True, metavar="GLOB", help="A few real images for the parity gate: 'photos/*.jpg' (quoted), or a folder."
 )
-@click.option("--precision", type=click.Choice(["fp32", "fp16", "int8"]), help="What the teacher computes in. Default: as it came.")
+@click.option(
+    "--precision", type=click.Choice(["fp32", "fp16", "int8"]), help="What the teacher computes in. Default: what its weights are in."
+)
 @click.option(
     "--input-size", type=int, help="Height and width of the crops that travel, where the graph is to resize them to --image-size."
 )

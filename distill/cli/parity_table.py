@@ -1,6 +1,6 @@
 """What the parity gate found, for people: one line when it passed, a table when it did not.
 
-Unit of data: one `parity.json`, plain data, so that nothing heavy is imported for it.
+Unit of data: one report of the gate, plain data, so that nothing heavy is imported for it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from rich.table import Table
 
 from distill.errors import ParityError
 from distill.progress import console
+from export.parity_files import FAILED_REPORT_FILE
 
 Report = dict[str, Any]
 
@@ -32,11 +33,11 @@ def parity_line(report: Report) -> str:
 
 @contextmanager
 def table_of_failed_parity(folder: Path) -> Iterator[None]:
-    """Print the comparison of `folder/parity.json` when the block ends with a ParityError, which goes on."""
+    """Print the failed comparison of `folder` when the block ends with a ParityError, which goes on."""
     try:
         yield
     except ParityError:
-        path = folder / "parity.json"
+        path = folder / FAILED_REPORT_FILE
         if path.is_file():
             for table in parity_tables(json.loads(path.read_text(encoding="utf-8"))):
                 console.print(table)

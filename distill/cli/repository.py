@@ -30,13 +30,17 @@ class Place(NamedTuple):
     file: RunFile | None
     """The run file, where the repository is that of a run."""
 
-    @property
-    def settings(self) -> RepositorySettings:
-        """How a model that is new in it is to be run."""
+    def settings(self, source: Path) -> RepositorySettings:
+        """How the teacher in `source` is to be run, if it is a new model here. Raises as `read_teacher_info`."""
         from distill.cli.tuning_file import tuned_settings
+        from export.fingerprint import read_teacher_info
+        from export.imports import teacher_file
         from export.settings import RepositorySettings
 
-        return tuned_settings(self.file.teacher, Path(self.file.run_dir)).repository if self.file else RepositorySettings()
+        if self.file is None:
+            return RepositorySettings()
+        fingerprint = read_teacher_info(teacher_file(source)).fingerprint
+        return tuned_settings(self.file.teacher, Path(self.file.run_dir), fingerprint).repository
 
 
 @click.group("repository", short_help="The versions of a teacher: add, list, activate, remove; ensemble makes one of several.")
@@ -84,7 +88,7 @@ def add(source: Path, name: str | None, then_activate: bool, triton: str | None,
     from distill.progress import console
     from export.repository_versions import add_version
 
-    info, active = add_version(place.repository, source, place.settings, name=name)
+    info, active = add_version(place.repository, source, place.settings(source), name=name)
     console.print(f"added version {info.version} of {info.name}, teacher {info.fingerprint[:12]}, in {place.repository}", markup=False)
     if active:
         console.print("  the model is new here, so this version is the served one")
@@ -185,15 +189,17 @@ def remove(name: str, version: int, **where: Any) -> None:
 def ensemble(name: str, members: tuple[str, ...], out: Path, images: str | None, then_add: bool, **options: Any) -> None:
     """Make one teacher NAME whose logits are the weighted mean of the members' logits: served, stored and activated like any other."""
     stated = {key: options.pop(key) for key in ("default_temperature", "crop_ratio")}
-    place = _place(**options)
+    # With images of its own, an ensemble that is not put into a repository needs neither run file nor repository.
+    needs_place = then_add or images is None or options["overrides"]
+    place = _place(**options) if needs_place else None
     from distill.cli.ensemble import make_ensemble
 
-    make_ensemble(name, members, out, images, place.file, **stated)
-    if then_add:
+    make_ensemble(name, members, out, images, place.file if place else None, **stated)
+    if then_add and place:
         from distill.progress import console
         from export.repository_versions import add_version
 
-        info, active = add_version(place.repository, out, place.settings)
+        info, active = add_version(place.repository, out, place.settings(out))
         served = "the served one" if active else f"to serve it: distill repository activate {info.name} {info.version}"
         console.print(f"added version {info.version} of {info.name} in {place.repository}; {served}", markup=False)
 
@@ -217,12 +223,17 @@ def _activate(repository: Path, name: str, version: int, triton: str | None) -> 
     """On disk, and in the Triton that is named or that a service of the run started."""
     from distill.cli.serving_record import running_service
     from distill.progress import console
+    from export.fingerprint import read_teacher_info
     from export.repository_versions import activate_version, activation
 
     config = activation(repository, name, version)
     service = running_service(repository)
     url = triton or (service.triton_url if service and service.model == name else None)
     if url is None:
+        from export.first_answer import require_answer
+
+        model = repository / name / str(version) / "model.onnx"
+        require_answer(model, read_teacher_info(model))  # no Triton says whether it gives labels
         activate_version(repository, name, version)
         told = "no running Triton of this run has it; the next one that is started serves it"
         if service and service.model == name:

@@ -23,6 +23,7 @@ from distill.models.arch_names import arch_name
 from distill.models.saved_classifier import ClassifierCard
 from distill.models.settings import NetworkSettings
 from distill.teacher_info import Preprocessing
+from export.parity_files import FAILED_REPORT_FILE, REPORT_FILE, WORST_FOLDER
 from export.settings import ImportSettings, StatedPreprocessing, TeacherExportSettings, usual_crop_ratio
 
 if TYPE_CHECKING:
@@ -108,17 +109,26 @@ def import_into_new(folder: Path, work: Callable[[Path], Result]) -> Result:
         folder.parent.mkdir(parents=True, exist_ok=True)
         pending.rename(folder)
     except ParityError as error:
-        # What is worth keeping: the report, and the pictures of the worst images.
-        report, pictures = folder.with_name(f"{folder.name}.parity.json"), folder.with_name(f"{folder.name}.worst")
-        report.parent.mkdir(parents=True, exist_ok=True)
-        (pending / "parity.json").replace(report)
-        shutil.rmtree(pictures, ignore_errors=True)
-        if (pending / "worst").is_dir():
-            (pending / "worst").replace(pictures)
-        raise ParityError(str(error).replace(str(pending / "parity.json"), str(report))) from error
+        raise ParityError(_kept_beside(folder, pending, str(error))) from error
     finally:
         shutil.rmtree(pending, ignore_errors=True)
     return result
+
+
+def _kept_beside(folder: Path, pending: Path, message: str) -> str:
+    """Keep what is worth it of a teacher that failed the gate, the report and the pictures of the worst images; the message names both."""
+    found = pending / FAILED_REPORT_FILE
+    report, pictures = (folder.with_name(f"{folder.name}.{name}") for name in (REPORT_FILE, WORST_FOLDER))
+    if not found.is_file():  # nothing was compared
+        return message
+    report.parent.mkdir(parents=True, exist_ok=True)
+    found.replace(report)
+    message = message.replace(str(found), str(report))
+    shutil.rmtree(pictures, ignore_errors=True)
+    if (pending / WORST_FOLDER).is_dir():
+        (pending / WORST_FOLDER).replace(pictures)
+        message += f"; their pictures are in {pictures}"
+    return message
 
 
 def teacher_digest(settings: ImportSettings) -> str:

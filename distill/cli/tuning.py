@@ -6,6 +6,7 @@ Nothing heavy is imported here before the command runs: `distill --help` must an
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,17 @@ if TYPE_CHECKING:
 
 DEFAULT_RUN_FILE = "recipes/quickstart.yaml"
 LARGEST_QUEUE = 4096
+LONGEST_P99_MS = 600_000.0
+LONGEST_MINUTES = 1440.0
 DELAY_SHARE = 0.05
 """Waiting for a full batch may take this share of the latency limit."""
+
+
+def _number(ctx: click.Context, param: click.Parameter, value: float) -> float:
+    """Refuse NaN, which is within every range."""
+    if math.isnan(value):
+        raise click.BadParameter("nan is no number", ctx, param)
+    return value
 
 
 @click.command(
@@ -30,13 +40,19 @@ DELAY_SHARE = 0.05
 @click.option("--config", type=click.Path(path_type=Path), default=DEFAULT_RUN_FILE, show_default=True, help="The run file (YAML).")
 @click.option(
     "--max-p99-ms",
-    type=click.FloatRange(min=0, min_open=True),
+    type=click.FloatRange(min=0, min_open=True, max=LONGEST_P99_MS),
+    callback=_number,
     default=1000.0,
     show_default=True,
     help="Of 100 requests 99 must be answered within this time while the teacher is busy.",
 )
 @click.option(
-    "--minutes", type=click.FloatRange(min=0, min_open=True), default=3.0, show_default=True, help="How long to measure, at most about."
+    "--minutes",
+    type=click.FloatRange(min=0, min_open=True, max=LONGEST_MINUTES),
+    callback=_number,
+    default=3.0,
+    show_default=True,
+    help="How long to measure, at most about.",
 )
 @click.option("--debug", is_flag=True, help="Show the traceback of an error and the log.")
 @click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
@@ -73,7 +89,8 @@ def tune_teacher(
 
     Raises:
         StageMissing: there is no such teacher in the repository.
-        ConfigError: no way to run it keeps the limit, or the run is being served while it would be measured.
+        ConfigError: no way to run it keeps the limit, the time did not do for looking at every way once, or the run is being served while
+            it would be measured. Nothing is written; an earlier tuning stays.
         ServerStartError: Triton cannot run here or does not start.
     """
     from distill.cli.serving_record import running_service
@@ -81,7 +98,7 @@ def tune_teacher(
     from distill.errors import ConfigError
     from distill.progress import console
     from export.repository_versions import active_info, run_version_so
-    from teacher_server.tuning import choose, usable_cores
+    from teacher_server.tuning import candidates, choose, needed_s, usable_cores
 
     name = teacher.name
     service = running_service(repository)
@@ -89,17 +106,24 @@ def tune_teacher(
         raise ConfigError(f"`distill serve` of this run (process {service.pid}) would be measured, too; stop it first")
     info = active_info(repository, name)
     table = _measure(repository, info, teacher.repository, server, max_p99_ms, budget_s)
-    best = choose(table, max_p99_ms)
+    most = len(candidates(usable_cores(), teacher.repository.max_batch_size, on_gpu=teacher.repository.instance_kind == "gpu"))
+    needed = needed_s(table, budget_s, most)
+    best = None if needed else choose(table, max_p99_ms)
     console.print(_shown(table, best, max_p99_ms))
+    if needed:
+        raise ConfigError(
+            f"--minutes {budget_s / 60:.3g} did not do for measuring every way once, so nothing is decided and nothing written;"
+            f" here it takes about {math.ceil(needed / 60)}: give --minutes {math.ceil(needed / 60)}"
+        )
     if best is None:
         quickest = min((row for row in table if row.p99_ms is not None), key=lambda row: row.p99_ms or 0.0, default=None)
         if quickest is None:
-            raise ConfigError(f"nothing could be measured: {table[0].note}; give more --minutes")
+            raise ConfigError(f"nothing could be measured: {table[0].note}")
         raise ConfigError(
             f"nothing keeps p99 within {max_p99_ms:g} ms; the quickest was batch {quickest.batch_size} with {quickest.p99_ms:.1f} ms:"
             " raise --max-p99-ms, or take a smaller teacher"
         )
-    settings = settings_for(best.candidate, teacher.repository, max_p99_ms, best.images_per_s or 0.0)
+    settings = settings_for(best.candidate, teacher.repository, max_p99_ms, best.images_per_s)
     run_version_so(repository, name, settings)
     tuning = Tuning(
         model=name,
@@ -123,14 +147,17 @@ def tune_teacher(
     return settings
 
 
-def settings_for(candidate: Candidate, base: RepositorySettings, max_p99_ms: float, images_per_s: float = 0.0) -> RepositorySettings:
-    """How Triton is to be told to run the teacher as `candidate` says."""
+def settings_for(
+    candidate: Candidate, base: RepositorySettings, max_p99_ms: float, images_per_s: float | None = None
+) -> RepositorySettings:
+    """How Triton is to be told to run the teacher as `candidate` says; with the queue of `base` as long as its rate is not known."""
     batch_size = candidate.batch_size
+    # As many single images as can be answered within the limit; a longer queue only makes everybody late.
+    in_time = base.max_queue_size if images_per_s is None else max(batch_size, int(images_per_s * max_p99_ms / 1000))
     return base.replace(
         preferred_batch_sizes=(batch_size,),
         max_queue_delay_us=0 if batch_size == 1 else min(base.max_queue_delay_us, int(1000 * max_p99_ms * DELAY_SHARE)),
-        # As many single images as can be answered within the limit; a longer queue only makes everybody late.
-        max_queue_size=min(max(base.max_queue_size, int(images_per_s * max_p99_ms / 1000)), LARGEST_QUEUE),
+        max_queue_size=min(in_time, LARGEST_QUEUE),
         instance_count=candidate.instance_count,
         intra_op_threads=candidate.intra_op_threads,
         warmup_batch_sizes=tuple(sorted({1, batch_size})),

@@ -14,6 +14,8 @@ from pydantic import Field
 
 from distill.config import Section, validate
 from distill.errors import ConfigError
+from distill.progress import console
+from export.files import write_atomically
 from export.settings import RepositorySettings, TeacherExportSettings
 
 TUNING = "tuning.json"
@@ -48,14 +50,19 @@ class Tuning(Section):
 def write_tuning(run_dir: Path, tuning: Tuning) -> Path:
     """Write it in one step."""
     path = run_dir / TUNING
-    pending = path.with_name(f".{TUNING}.pending")
-    pending.write_text(tuning.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    pending.replace(path)
+    write_atomically(path, (tuning.model_dump_json(indent=1) + "\n").encode())
     return path
 
 
-def tuned_settings(settings: TeacherExportSettings, run_dir: Path) -> TeacherExportSettings:
-    """`settings` with what was tuned for this teacher; a field that the run file sets to anything but its default stays as it is.
+def tuned_settings(settings: TeacherExportSettings, run_dir: Path, fingerprint: str) -> TeacherExportSettings:
+    """`settings` with what was tuned for this teacher on this many cores; a field that the run file sets stays as it is.
+
+    A tuning of another teacher, or of a machine with more or fewer cores, is left alone, and said to be.
+
+    Args:
+        settings: of the run file.
+        run_dir: where `tuning.json` lies, if there is one.
+        fingerprint: of the teacher that is to be run.
 
     Raises:
         ConfigError: `tuning.json` cannot be read.
@@ -70,13 +77,25 @@ def tuned_settings(settings: TeacherExportSettings, run_dir: Path) -> TeacherExp
     tuning = validate(Tuning, tree, origin=str(path))
     if tuning.model != settings.name:
         return settings
+    if (tuning.fingerprint, tuning.num_cores) != (fingerprint, cores := _usable_cores()):
+        console.print(
+            f"  {path} is not used: it was measured for teacher {tuning.fingerprint[:12]} on {tuning.num_cores} core(s), this is"
+            f" {fingerprint[:12]} on {cores}; `distill tune` measures anew",
+            markup=False,
+        )
+        return settings
     fixed = fixed_fields(settings.repository)
     taken = {name: value for name, value in tuning.chosen.items() if name in TUNED_FIELDS and name not in fixed}
-    tree = {**settings.repository.model_dump(), **taken}
+    tree = {**settings.repository.model_dump(exclude_unset=True), **taken}
     return settings.replace(repository=validate(RepositorySettings, tree, origin=str(path)))
 
 
 def fixed_fields(settings: RepositorySettings) -> list[str]:
-    """What tuning could decide and the run file has decided: set to anything but its default."""
-    defaults = RepositorySettings()
-    return [name for name in TUNED_FIELDS if getattr(settings, name) != getattr(defaults, name)]
+    """What tuning could decide and the run file has decided, be it as the default is."""
+    return [name for name in TUNED_FIELDS if name in settings.model_fields_set]
+
+
+def _usable_cores() -> int:
+    from teacher_server.tuning import usable_cores  # brings Triton's client: only where there is a tuning
+
+    return usable_cores()

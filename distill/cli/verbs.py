@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from distill.cli.run import Run
 from distill.cli.tuning_file import tuned_settings
-from distill.errors import ConfigError
+from distill.errors import ConfigError, ParityError
 from distill.progress import console
 from distill.stages import Stage
 from export.settings import TeacherExportSettings
@@ -162,10 +162,12 @@ def _export(run: Run, stage: Stage, origin: Path, checkpoint: str, settings: Tea
         import json
 
         from distill.cli.parity_table import parity_line, table_of_failed_parity
+        from distill.cli.publishing import publish_exported
         from distill.models.saved_classifier import load_classifier
         from export.contract import require_input_size
         from export.fingerprint import read_teacher_info
-        from export.teacher import TEACHER_FILE, publish_teacher
+        from export.parity_files import REPORT_FILE, report_of
+        from export.teacher import TEACHER_FILE
         from export.teacher import export_teacher as export
 
         ready = origin / TEACHER_FILE
@@ -178,10 +180,15 @@ def _export(run: Run, stage: Stage, origin: Path, checkpoint: str, settings: Tea
                 export(saved.network, card.preprocessing, card.class_names, crops, ids, folder, settings)
             ready = folder / TEACHER_FILE
         info = read_teacher_info(ready)
-        publish_teacher(ready.parent, run.repository, tuned_settings(settings, run.folder), replace=True)
-        parity = json.loads((ready.parent / "parity.json").read_text(encoding="utf-8"))
+        if (report := report_of(ready, info.fingerprint)) is None:
+            raise ParityError(
+                f"no {REPORT_FILE} in {ready.parent} says that teacher {info.fingerprint[:12]} passed the parity gate: make that stage anew"
+                " with --fresh"
+            )
+        parity = json.loads(report)
         console.print(f"  parity: {parity_line(parity)}")
-        console.print(f"  parity gate passed; teacher {info.name}, fingerprint {info.fingerprint[:12]}, in {run.repository}")
+        published = publish_exported(ready.parent, run.repository, tuned_settings(settings, run.folder, info.fingerprint))
+        console.print(f"  parity gate passed; teacher {info.name}, fingerprint {info.fingerprint[:12]}, {published}", markup=False)
         return {"fingerprint": info.fingerprint, "parity": parity, "size_bytes": ready.stat().st_size}
 
     return _once(stage, work)

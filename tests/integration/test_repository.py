@@ -26,6 +26,7 @@ from distill.errors import TeacherChanged
 from export.fingerprint import stamp_teacher
 from export.repository_versions import active_version, add_version
 from export.settings import RepositorySettings, TeacherExportSettings
+from export.top_outputs import add_top_outputs
 from teacher_server.settings import ServerSettings, TritonSettings
 from teacher_server.triton import TritonTeacher
 from teacher_server.triton_home import TritonHome, triton_supported
@@ -49,7 +50,7 @@ def home(triton_installed: TritonHome | None) -> TritonHome:
 def make_teacher(tiny_teacher: Any, tmp_path: Path) -> Callable[..., Any]:
     """A stamped teacher of other weights, in a file; slow enough that some request is always under way."""
 
-    def make(seed: int, *, bias: float = 0.0) -> tuple[Path, Any]:
+    def make(seed: int, *, bias: float = 0.0, top_outputs: int | None = None) -> tuple[Path, Any]:
         random = np.random.default_rng(seed)
         weight_CK = random.normal(0, 4, tiny_teacher.weight_CK.shape).astype(np.float32)
         bias_K = (random.normal(0, 1, 10) + bias).astype(np.float32)
@@ -59,9 +60,17 @@ def make_teacher(tiny_teacher: Any, tmp_path: Path) -> Callable[..., Any]:
             if tensor.name in new:
                 tensor.CopyFrom(numpy_helper.from_array(new[tensor.name], tensor.name))
         slow_down(model.graph)
+        if top_outputs:
+            add_top_outputs(model, top_outputs)
         path = tmp_path / f"teacher_{seed}.onnx"
         onnx.save(model, path)
-        info = stamp_teacher(path, name="tiny", class_names=tiny_teacher.info.class_names, preprocessing=tiny_teacher.info.preprocessing)
+        info = stamp_teacher(
+            path,
+            name="tiny",
+            class_names=tiny_teacher.info.class_names,
+            preprocessing=tiny_teacher.info.preprocessing,
+            top_outputs=top_outputs,
+        )
         return path, dataclasses.replace(tiny_teacher, info=info, weight_CK=weight_CK, bias_K=bias_K)
 
     return make
@@ -188,13 +197,14 @@ async def watched(tasks: list[asyncio.Task[None]], work: Any) -> Any:
     return working.result()
 
 
+@pytest.mark.parametrize("top_outputs", [None, 3], ids=["same tensors", "other tensors"])
 def test_a_version_that_gives_no_label_never_takes_the_place(
-    home: TritonHome, make_teacher: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    home: TritonHome, make_teacher: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], top_outputs: int | None
 ) -> None:
     repository = tmp_path / "model_repository"
     first, one = make_teacher(1)
     add_version(repository, first, SETTINGS)
-    add_version(repository, make_teacher(3, bias=np.nan)[0], SETTINGS)
+    add_version(repository, make_teacher(3, bias=np.nan, top_outputs=top_outputs)[0], SETTINGS)
     (damaged := repository / "tiny" / "2" / "model.onnx").read_bytes()
     config = (repository / "tiny" / "config.pbtxt").read_bytes()
     with TritonProcess(home, repository, "tiny", tmp_path) as triton:
@@ -204,6 +214,12 @@ def test_a_version_that_gives_no_label_never_takes_the_place(
         assert distill("activate", "tiny", "1", "--repository", str(repository), "--triton", triton.url) == 0
         assert "was serving it already" in capsys.readouterr().out
         assert canary_label(triton.url, "tiny") == one.info
+        triton.restart()
+        assert triton.ask_canary() == one.info
+        add_version(repository, make_teacher(4, top_outputs=3)[0], SETTINGS)
+        assert distill("activate", "tiny", "3", "--repository", str(repository), "--triton", triton.url) == 0
+        assert canary_label(triton.url, "tiny").top_outputs == 3
+        assert distill("activate", "tiny", "1", "--repository", str(repository), "--triton", triton.url) == 0
     assert (repository / "tiny" / "config.pbtxt").read_bytes() == config
     assert damaged.is_file()
 
@@ -213,9 +229,9 @@ def test_a_short_tuning_chooses_within_the_limit_and_leaves_nothing_running(
 ) -> None:
     repository = tmp_path / "model_repository"
     add_version(repository, make_teacher(1)[0], SETTINGS)
-    teacher = TeacherExportSettings(name="tiny", repository=SETTINGS.replace(max_batch_size=4))
+    teacher = TeacherExportSettings(name="tiny", repository=SETTINGS.replace(max_batch_size=1))
     server = ServerSettings(triton=TritonSettings(home=str(home.path)))
-    chosen = tune_teacher(repository, teacher, server, 60_000, budget_s=8)
+    chosen = tune_teacher(repository, teacher, server, 60_000, budget_s=15)
     said = capsys.readouterr().out
     assert "chosen" in said
     config = text_format.Parse((repository / "tiny" / "config.pbtxt").read_text(), ModelConfig())
@@ -225,7 +241,6 @@ def test_a_short_tuning_chooses_within_the_limit_and_leaves_nothing_running(
     kept = json.loads((tmp_path / "tuning.json").read_text())
     measured = [row for row in kept["table"] if row["num_rounds"]]
     assert measured
-    best = max(row["images_per_s"] for row in measured)
     row = next(
         row
         for row in measured
@@ -233,7 +248,8 @@ def test_a_short_tuning_chooses_within_the_limit_and_leaves_nothing_running(
         and row["instance_count"] == chosen.instance_count
         and row["intra_op_threads"] == chosen.intra_op_threads
     )
-    assert row["images_per_s"] >= 0.97 * best
+    alike = [other["images_per_s"] for other in measured if other["num_rounds"] == row["num_rounds"]]
+    assert row["images_per_s"] >= 0.97 * max(alike)
     mark = f"distill_triton_{os.getpid()}_".encode()
     assert not [entry for entry in Path("/proc").iterdir() if entry.name.isdigit() and mark in command_line(entry)]
 

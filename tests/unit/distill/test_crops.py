@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from PIL import Image
 
 from distill.config import validate
 from distill.crops import CropKey, CropRecipe, center_crop, crop_image, decode_image, random_box, random_generator
+from distill.decoding import num_pixels
 from distill.errors import ConfigError, ImageError
 
 Pixels = npt.NDArray[np.uint8]
@@ -339,3 +341,29 @@ class TestRecipe:
     def test_impossible_recipes_are_refused(self, settings_tree: dict[str, Any], complaint: str) -> None:
         with pytest.raises(ConfigError, match=complaint):
             validate(CropRecipe, settings_tree, "run.yaml")
+
+
+class TestBombs:
+    """Files that cost more than their header says."""
+
+    @pytest.mark.parametrize("first", [b"", struct.pack(">I4s", 8, b"abcd") + struct.pack(">II", 8, 8) + b"\0" * 4])
+    def test_a_second_header_of_a_png_is_not_believed(self, first: bytes) -> None:
+        small, large = encoded(Image.new("RGB", (8, 8)), "PNG"), encoded(Image.new("RGB", (40, 40)), "PNG")
+        bomb = small[:8] + (first or small[8:33]) + large[8:]  # 33: behind the signature and the first chunk
+        with pytest.raises(ImageError, match="damaged PNG"):
+            decode_image(bomb, max_pixels=64)
+
+    def test_a_jpeg_of_many_scans_is_refused_and_one_that_only_looks_so_is_not(self) -> None:
+        plain = encoded(Image.fromarray(gradient()), "JPEG", progressive=True)
+        last_scan = plain[plain.rindex(b"\xff\xda") : -2]
+        with pytest.raises(ImageError, match="more than 100 scans"):
+            decode_image(plain[:-2] + last_scan * 150 + plain[-2:])
+        starts = b"\xff\xda" * 200
+        comment = b"\xff\xfe" + (len(starts) + 2).to_bytes(2, "big") + starts
+        for harmless in (plain + starts, plain[:2] + comment + plain[2:]):
+            assert (decode_image(harmless) == decode_image(plain)).all()
+
+    def test_pixels_are_counted_from_the_header(self) -> None:
+        for kind in ("JPEG", "PNG", "WEBP"):
+            assert num_pixels(encoded(Image.new("RGB", (40, 30)), kind)) == 1200
+        assert [num_pixels(data) for data in (b"", b"GIF8", b"\x89PNG\r\n\x1a\n")] == [0, 0, 0]

@@ -242,13 +242,22 @@ class TestNothingHalfWritten:
 
     def test_the_report_of_a_failed_gate_is_kept_beside(self, tmp_path: Path) -> None:
         def fail(pending: Path) -> dict[str, Any]:
-            (pending / "parity.json").write_text("{}")
-            raise ParityError(f"the worst are in {pending / 'parity.json'}")
+            (pending / "parity-failed.json").write_text("{}")
+            (pending / "worst").mkdir()
+            (pending / "worst" / "1-x.png").touch()
+            raise ParityError(f"the worst are in {pending / 'parity-failed.json'}")
 
         with pytest.raises(ParityError) as caught:
             import_into_new(tmp_path / "out", fail)
-        assert str(caught.value) == f"the worst are in {tmp_path / 'out.parity.json'}"
-        assert [path.name for path in tmp_path.rglob("*")] == ["out.parity.json"]
+        said = f"the worst are in {tmp_path / 'out.parity.json'}; their pictures are in {tmp_path / 'out.worst'}"
+        assert str(caught.value) == said
+        assert sorted(path.name for path in tmp_path.rglob("*")) == ["1-x.png", "out.parity.json", "out.worst"]
+
+        def refuse(pending: Path) -> dict[str, Any]:
+            raise ParityError("no report")
+
+        with pytest.raises(ParityError, match=r"^no report$"):
+            import_into_new(tmp_path / "another", refuse)
 
     @staticmethod
     def assert_one_line(capsys: pytest.CaptureFixture[str], said: str) -> None:

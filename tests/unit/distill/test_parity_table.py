@@ -29,7 +29,7 @@ REPORT = ParityReport(
 
 
 def test_the_table_and_then_the_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "parity.json").write_text(REPORT.model_dump_json())
+    (tmp_path / "parity-failed.json").write_text(REPORT.model_dump_json())
     with pytest.raises(ParityError, match="as it was"), table_of_failed_parity(tmp_path):
         raise ParityError("as it was")
     rows = [[cell.strip() for cell in line.strip("│┃ ").split("│")] for line in capsys.readouterr().out.splitlines() if "│" in line]
@@ -40,7 +40,7 @@ def test_the_table_and_then_the_error(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_nothing_is_said_of_what_went_well_or_of_another_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "parity.json").write_text(REPORT.model_dump_json())
+    (tmp_path / "parity-failed.json").write_text(REPORT.model_dump_json())
     with table_of_failed_parity(tmp_path):
         pass
     with pytest.raises(KeyError), table_of_failed_parity(tmp_path):

@@ -22,9 +22,10 @@ from distill.cli.main import run_command
 from distill.cli.serving_record import RECORD, announced, read_record, running_service, this_service
 from distill.cli.tuning import settings_for, tune_teacher
 from distill.cli.tuning_file import Tuning, tuned_settings, write_tuning
+from distill.config import validate
 from distill.errors import ConfigError
 from export.fingerprint import read_teacher_info, stamp_teacher
-from export.repository_versions import add_version
+from export.repository_versions import active_version, add_version
 from export.settings import RepositorySettings, TeacherExportSettings
 from teacher_server.settings import ServerSettings
 from teacher_server.tuning import Candidate, Measured
@@ -92,6 +93,7 @@ def test_add_list_activate_remove(teachers: list[Path], where: tuple[str, str], 
         (["list", "run_dir=x"], "'run_dir=x' overrides the run file, but --repository names the folder itself"),
         (["ensemble", "both", "--out", "OUT", "--member", "TEACHER"], "at least two members, 1 given"),
         (["ensemble", "both", "--out", "OUT", "--member", "TEACHER:much"], "'much' is no weight"),
+        (["ensemble", "both", "--out", "OUT", "--member", "TEACHER", "--member", "OTHER", "--crop-ratio", "5"], "crop_ratio"),
         (["ensemble", "bo th", "--out", "OUT", "--member", "TEACHER", "--member", "TEACHER"], "name"),
     ],
 )
@@ -100,7 +102,7 @@ def test_what_is_wrong_is_said_in_one_line(
 ) -> None:
     run_command(["repository", "add", str(teachers[0]), *where])
     capsys.readouterr()
-    places = {"TEACHER": str(teachers[0]), "OUT": str(tmp_path / "out")}
+    places = {"TEACHER": str(teachers[0]), "OTHER": str(teachers[1]), "OUT": str(tmp_path / "out")}
     words_of = [part.replace("TEACHER", places["TEACHER"]) if part.startswith("TEACHER") else places.get(part, part) for part in arguments]
     assert run_command(["repository", *words_of, *where]) == 2
     captured = capsys.readouterr()
@@ -108,6 +110,58 @@ def test_what_is_wrong_is_said_in_one_line(
     assert len(captured.err.strip().splitlines()) == 1
     assert words in captured.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_configuration_that_we_never_write_is_named(
+    teachers: list[Path], where: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in teachers:
+        run_command(["repository", "add", str(folder), *where])
+    config = tmp_path / "run" / "model_repository" / "tiny" / "config.pbtxt"
+    config.write_text(config.read_text().replace("max_batch_size: 256", "max_batch_size: 5000"))
+    capsys.readouterr()
+    assert run_command(["repository", "activate", "tiny", "2", *where]) == 2
+    captured = capsys.readouterr()
+    assert len(captured.err.strip().splitlines()) == 1
+    assert "config.pbtxt of 'tiny': max_batch_size" in captured.err
+
+
+def test_a_version_without_a_label_is_not_activated_where_no_triton_can_be_asked(
+    teachers: list[Path], where: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = teachers[1] / "model.onnx"
+    info, model = read_teacher_info(path), onnx.load(path)
+    for tensor in model.graph.initializer:
+        if tensor.name == "bias":
+            tensor.CopyFrom(numpy_helper.from_array(np.full(10, np.nan, np.float32), "bias"))
+    onnx.save(model, path)
+    stamp_teacher(path, name="tiny", class_names=info.class_names, preprocessing=info.preprocessing)
+    for folder in teachers:
+        assert run_command(["repository", "add", str(folder), *where]) == 0
+    capsys.readouterr()
+    assert run_command(["repository", "activate", "tiny", "2", *where]) == 2
+    assert "gives no label: NaN" in said(capsys)
+    assert active_version(tmp_path / "run" / "model_repository", "tiny") == 1
+
+
+@pytest.mark.parametrize("words", [["--max-p99-ms", "inf"], ["--max-p99-ms", "nan"], ["--minutes", "inf"], ["--minutes", "nan"]])
+def test_a_tuning_without_an_end_is_refused_in_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["tune", *words]) == 2
+    captured = capsys.readouterr()
+    assert f"Invalid value for '{words[0]}'" in captured.err
+
+
+def test_an_ensemble_with_images_of_its_own_needs_no_run_file(
+    teachers: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 12, 3), np.uint8)).save(tmp_path / "photos" / "1.png")
+    arguments = ["ensemble", "both", "--out", "out", *(word for folder in teachers for word in ("--member", str(folder)))]
+    assert run_command(["repository", *arguments]) == 2
+    assert "run file recipes/quickstart.yaml does not exist" in said(capsys)
+    assert run_command(["repository", *arguments, "--images", "photos"]) == 0, said(capsys)
+    assert (tmp_path / "out" / "model.onnx").is_file()
 
 
 def test_the_repository_of_a_run_file(teachers: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,27 +260,48 @@ CHOSEN = {"preferred_batch_sizes": [16], "instance_count": 2, "intra_op_threads"
 
 
 class TestTuning:
+    MEASURED = "f" * 64
+
+    @pytest.fixture(autouse=True)
+    def eight_cores(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("teacher_server.tuning.usable_cores", lambda: 8)
+
     def tuning(self, model: str = "teacher", **chosen: Any) -> Tuning:
-        return Tuning(model=model, fingerprint="f" * 64, max_p99_ms=100, num_cores=8, chosen={**CHOSEN, **chosen}, table=[])
+        return Tuning(model=model, fingerprint=self.MEASURED, max_p99_ms=100, num_cores=8, chosen={**CHOSEN, **chosen}, table=[])
 
     def test_a_run_takes_what_was_tuned_where_its_file_leaves_it_open(self, tmp_path: Path) -> None:
         mine = TeacherExportSettings(repository=RepositorySettings(instance_count=3, max_batch_size=32))
-        assert tuned_settings(mine, tmp_path) == mine
+        assert tuned_settings(mine, tmp_path, self.MEASURED) == mine
         write_tuning(tmp_path, self.tuning())
-        taken = tuned_settings(mine, tmp_path).repository
+        taken = tuned_settings(mine, tmp_path, self.MEASURED).repository
         assert (taken.preferred_batch_sizes, taken.intra_op_threads, taken.max_queue_size) == ((16,), 4, 700)
         assert taken.instance_count == 3, "the run file says so"
         assert taken.max_batch_size == 32
-        assert tuned_settings(mine.replace(name="another"), tmp_path) == mine.replace(name="another")
+        assert tuned_settings(mine.replace(name="another"), tmp_path, self.MEASURED) == mine.replace(name="another")
+
+    def test_what_the_run_file_says_wins_be_it_the_default(self, tmp_path: Path) -> None:
+        write_tuning(tmp_path, self.tuning())
+        given = validate(TeacherExportSettings, {"repository": {"instance_count": 1}}, "run.yaml")
+        taken = tuned_settings(given.replace(name="teacher"), tmp_path, self.MEASURED).repository
+        assert (taken.instance_count, taken.intra_op_threads) == (1, 4)
+
+    @pytest.mark.parametrize(("fingerprint", "cores"), [("e" * 64, 8), (MEASURED, 4)])
+    def test_a_tuning_of_another_teacher_or_machine_is_not_used_and_said_so(
+        self, fingerprint: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr("teacher_server.tuning.usable_cores", lambda: cores)
+        write_tuning(tmp_path, self.tuning())
+        assert tuned_settings(TeacherExportSettings(), tmp_path, fingerprint) == TeacherExportSettings()
+        assert f"teacher ffffffffffff on 8 core(s), this is {fingerprint[:12]} on {cores}" in said(capsys)
 
     @pytest.mark.parametrize("text", ["{", "[]", '{"model": "teacher"}'])
     def test_a_damaged_file_is_named(self, text: str, tmp_path: Path) -> None:
         (tmp_path / "tuning.json").write_text(text)
         with pytest.raises(ConfigError, match=r"tuning\.json"):
-            tuned_settings(TeacherExportSettings(), tmp_path)
+            tuned_settings(TeacherExportSettings(), tmp_path, self.MEASURED)
         write_tuning(tmp_path, self.tuning(instance_count=0))
         with pytest.raises(ConfigError, match=r"tuning\.json: instance_count"):
-            tuned_settings(TeacherExportSettings(), tmp_path)
+            tuned_settings(TeacherExportSettings(), tmp_path, self.MEASURED)
 
     def test_what_triton_is_told_for_a_candidate(self) -> None:
         base = RepositorySettings(max_batch_size=64, queue_timeout_us=5)
@@ -236,7 +311,9 @@ class TestTuning:
         assert told.max_queue_size == 4096
         assert (told.max_batch_size, told.queue_timeout_us) == (64, 5)
         alone = settings_for(Candidate(1, 1, 1), base, max_p99_ms=1000, images_per_s=1)
-        assert (alone.max_queue_delay_us, alone.max_queue_size, alone.warmup_batch_sizes) == (0, 512, (1,))
+        assert (alone.max_queue_delay_us, alone.max_queue_size, alone.warmup_batch_sizes) == (0, 1, (1,))
+        assert settings_for(Candidate(16, 2, 4), base, 500, 100).max_queue_size == 50, "what is answered within the limit, and not more"
+        assert settings_for(Candidate(16, 2, 4), base, 500).max_queue_size == 512, "while it is measured, nothing is refused"
 
     def test_the_choice_is_written_and_what_keeps_no_limit_is_refused(
         self, teachers: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -249,7 +326,7 @@ class TestTuning:
         table = [
             Measured(batch_size=8, instance_count=1, intra_op_threads=2, num_rounds=3, images_per_s=100, p50_ms=9, p99_ms=20),
             Measured(batch_size=64, instance_count=2, intra_op_threads=1, num_rounds=3, images_per_s=300, p50_ms=90, p99_ms=120),
-            Measured(batch_size=256, instance_count=2, intra_op_threads=1, num_rounds=0, note="not reached in the time"),
+            Measured(batch_size=256, instance_count=2, intra_op_threads=1, num_rounds=0, note="batch 64 takes too long already"),
         ]
         monkeypatch.setattr(tuning, "_measure", lambda *_: table)
         with pytest.raises(ConfigError, match=r"nothing keeps p99 within 10 ms; the quickest was batch 8 with 20\.0 ms"):
@@ -258,7 +335,8 @@ class TestTuning:
         assert not (tmp_path / "run" / "tuning.json").exists()
         assert "over the limit" in capsys.readouterr().out
         chosen = tune_teacher(repository, teacher, ServerSettings(), 150, 1)
-        assert chosen == tuned_settings(teacher, tmp_path / "run").repository
+        fingerprint = read_teacher_info(teachers[0] / "model.onnx").fingerprint
+        assert chosen == tuned_settings(teacher, tmp_path / "run", fingerprint).repository
         assert (chosen.preferred_batch_sizes, chosen.instance_count, chosen.intra_op_threads) == ((64,), 2, 1)
         assert "preferred_batch_size: 64" in config.read_text()
         kept = json.loads((tmp_path / "run" / "tuning.json").read_text())
@@ -267,10 +345,17 @@ class TestTuning:
         mine = teacher.replace(repository=RepositorySettings(instance_count=3))
         assert tune_teacher(repository, mine, ServerSettings(), 150, 1) == chosen
         assert "the run file sets teacher.repository.instance_count, which wins at the next export" in capsys.readouterr().out
-        assert tuned_settings(mine, tmp_path / "run").repository == chosen.replace(instance_count=3)
-        table[:] = table[2:]
-        with pytest.raises(ConfigError, match="nothing could be measured: not reached in the time; give more --minutes"):
+        assert tuned_settings(mine, tmp_path / "run", fingerprint).repository == chosen.replace(instance_count=3)
+        kept_files = config.read_bytes(), (tmp_path / "run" / "tuning.json").read_bytes()
+        table[2] = table[2].replace(note="not reached in the time")
+        with pytest.raises(ConfigError, match=r"--minutes 1 did not do .* nothing written; .* give --minutes \d+$") as caught:
+            tune_teacher(repository, teacher, ServerSettings(), 150, 60)
+        assert caught.value.exit_code == 2
+        assert "chosen" not in said(capsys)
+        table[:] = [table[2].replace(note="failed: out of memory")]
+        with pytest.raises(ConfigError, match="nothing could be measured: failed: out of memory"):
             tune_teacher(repository, teacher, ServerSettings(), 150, 1)
+        assert kept_files == (config.read_bytes(), (tmp_path / "run" / "tuning.json").read_bytes())
 
     def test_a_run_that_is_being_served_is_not_measured(self, tmp_path: Path) -> None:
         repository = tmp_path / "model_repository"

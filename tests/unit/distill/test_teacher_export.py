@@ -65,15 +65,15 @@ def export(origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
     return run_it
 
 
-SETTINGS = TeacherExportSettings(num_parity_images=12, num_calibration_images=8)
+SETTINGS = TeacherExportSettings(num_parity_images=32, num_calibration_images=8)
 
 
 def test_a_run_exports_what_its_settings_say(export: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = export(SETTINGS.replace(precision="int8", input_size=24, top_outputs=2, parity={"max_kl": 9, "min_top1_agreement": 0}), 24)
     info = read_teacher_info(tmp_path / "models" / "teacher" / "1" / "model.onnx")
     assert (info.precision, info.top_outputs, info.preprocessing) == ("int8", 2, TRAVELS)
-    assert (result["parity"]["num_images"], result["parity"]["opset"]) == (12, 20)
-    assert "int8, opset 20, 12 images, max |dlogit|" in capsys.readouterr().out.replace("\n", " ")
+    assert (result["parity"]["num_images"], result["parity"]["opset"]) == (32, 20)
+    assert "int8, opset 20, 32 images, max |dlogit|" in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_a_failed_gate_shows_the_table_and_touches_no_repository(
@@ -88,6 +88,17 @@ def test_a_failed_gate_shows_the_table_and_touches_no_repository(
     assert "top-1 agreement" in said
     assert "worst images" in said
     assert len(list((tmp_path / "export-teacher" / "worst").glob("*.png"))) == 8
+
+
+def test_a_ready_teacher_without_a_report_reaches_no_repository(export: Callable[..., Any], origin: Path, tmp_path: Path) -> None:
+    export(SETTINGS, 16)
+    made = tmp_path / "ready"
+    made.mkdir()
+    (made / "model.onnx").write_bytes((tmp_path / "export-teacher" / "model.onnx").read_bytes())
+    run = SimpleNamespace(folder=tmp_path, repository=tmp_path / "others", file=SimpleNamespace(data=SimpleNamespace(image_size=16)))
+    with pytest.raises(ParityError, match=r"no parity\.json in .*ready says that teacher [0-9a-f]{12} passed"):
+        verbs._export(run, Stage(tmp_path, "again", {}, {}), made, "checkpoint", SETTINGS)  # type: ignore[arg-type]
+    assert not (tmp_path / "others").exists()
 
 
 def test_crops_of_another_size_name_the_setting(export: Callable[..., Any]) -> None:
@@ -127,22 +138,22 @@ def test_an_imported_network_keeps_its_own_size(origin: Path, tmp_path: Path, ki
 
 def test_a_ready_onnx_by_the_command_and_by_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = pooling_classifier(tmp_path / "ready.onnx")
-    for number in range(3):
-        Image.fromarray(make_crops(3, 40)[number]).save(tmp_path / f"{number}.png")
+    for number in range(40):
+        Image.fromarray(make_crops(40, 40)[number]).save(tmp_path / f"{number}.png")
     images = str(tmp_path / "*.png")
     arguments = ["import", "onnx", str(model), "--classes", ",".join(CLASSES), "--images", images, "--out", str(tmp_path / "out")]
     options = ["--input-size", "24", "--precision", "fp16", "--top-outputs", "2"]
     assert run_command([*arguments, *options]) == 0, capsys.readouterr()
     said = read_teacher_info(tmp_path / "out" / "model.onnx")
     assert (said.preprocessing.image_size, said.precision, said.top_outputs) == (24, "fp16", 2)
-    settings = TeacherExportSettings(input_size=24, precision="fp16", top_outputs=2, name=said.name, num_parity_images=3)
+    settings = TeacherExportSettings(input_size=24, precision="fp16", top_outputs=2, name=said.name)
     result = import_into(
         ImportSettings(kind="onnx", path=str(model)),
         tmp_path / "run",
         class_names=CLASSES,
         preprocessing=TRAVELS,
         teacher=settings,
-        sample=lambda seen: (make_crops(16, seen.image_size), [str(row) for row in range(16)]),
+        sample=lambda seen: (make_crops(40, seen.image_size), [str(row) for row in range(40)]),
     )
     assert result["fingerprint"] == said.fingerprint, "the same graph, whichever way it comes"
 

@@ -21,7 +21,9 @@ from export import ensemble as module
 from export.ensemble import ensemble_preprocessing, export_ensemble, mean_reference, merge_teachers, read_members
 from export.fingerprint import read_teacher_info, stamp_teacher
 from export.graph import export_teacher_graph
-from export.settings import TeacherExportSettings
+from export.half_precision import to_half_precision
+from export.parity import ParityReport
+from export.settings import PARITY_OF, TeacherExportSettings
 
 Crops = npt.NDArray[np.uint8]
 SETTINGS = TeacherExportSettings(name="both", num_parity_images=32)
@@ -102,6 +104,43 @@ def test_soft_labels_are_the_weighted_geometric_mean_of_the_members(
     np.testing.assert_allclose(logits_BK.mean(axis=1), 0, atol=1e-4)
     assert read_teacher_info(tmp_path / "model.onnx") == info
     assert (info.name, info.class_names) == ("both", chosen[0].info.class_names)
+
+
+@pytest.fixture
+def halves(members: list[Path], crops: Crops, tmp_path: Path, class_names: tuple[str, ...]) -> list[Path]:
+    """The convolution in fp16, twice, with other weights."""
+    made = []
+    for number in range(2):
+        path = tmp_path / f"half-{number}" / "model.onnx"
+        path.parent.mkdir()
+        model = onnx.load(members[0])
+        for tensor in model.graph.initializer:
+            if tensor.data_type == TensorProto.FLOAT and len(tensor.dims) == 2:
+                tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(1 - 0.5 * number), tensor.name))
+        onnx.save(to_half_precision(model, crops).model, path)
+        info = read_teacher_info(members[0])
+        stamp_teacher(path, name=f"half-{number}", class_names=class_names, preprocessing=info.preprocessing, precision="fp16")
+        made.append(path)
+    return made
+
+
+def test_members_in_half_precision_make_an_ensemble_in_half_precision(
+    halves: list[Path], members: list[Path], crops: Crops, image_ids: list[str], tmp_path: Path
+) -> None:
+    chosen = read_members([(path, 1.0) for path in halves])
+    info = export_ensemble(chosen, ensemble_preprocessing(chosen), crops[:3], image_ids[:3], tmp_path / "out", SETTINGS)
+    assert info.precision == read_teacher_info(tmp_path / "out" / "model.onnx").precision == "fp16"
+    report = ParityReport.model_validate_json((tmp_path / "out" / "parity.json").read_text())
+    assert (report.precision, report.limits) == ("fp16", PARITY_OF["fp16"])
+    with pytest.raises(ConfigError, match=r"model\.onnx computes in fp16, .*model\.onnx in fp32: members have the same precision"):
+        read_members([(members[0], 1.0), (halves[1], 1.0)])
+
+
+def test_a_crop_ratio_that_cannot_be_is_refused(members: list[Path]) -> None:
+    chosen = read_members([(members[0], 1.0), (members[1], 1.0)])
+    for ratio in (0.0, 5.0, -1.0):
+        with pytest.raises(ConfigError, match=r"ensemble: crop_ratio: .*"):
+            ensemble_preprocessing(chosen, ratio)
 
 
 def test_the_folder_says_who_the_members_are(members: list[Path], crops: Crops, image_ids: list[str], tmp_path: Path) -> None:

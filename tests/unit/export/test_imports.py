@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from distill.config import validate
-from distill.errors import BadInput, CheckpointError, ConfigError, SourceError
+from distill.errors import BadInput, CheckpointError, ConfigError, ParityError, SourceError
 from distill.models.arch_names import parse_arch
 from distill.models.classifier import Classifier, build_classifier
 from distill.models.saved_classifier import ClassifierCard, load_classifier, save_classifier
@@ -125,6 +126,34 @@ class TestOnnx:
         expected = network(torch.from_numpy(crops.transpose(0, 3, 1, 2).copy())).detach().numpy()
         np.testing.assert_allclose(teacher_logits(tmp_path / "teacher" / "model.onnx", crops), expected, rtol=0, atol=1e-4)
 
+    def test_the_precision_is_that_of_the_weights(self, crops: npt.NDArray[np.uint8], image_ids: list[str], tmp_path: Path) -> None:
+        """A network in fp16 says its logits with fp16's digits, which no fp32 limit allows."""
+        source = tmp_path / "half.onnx"
+        torch.manual_seed(3)
+        network = Body().half().eval()
+        with torch.no_grad():
+            network.layers[-1].weight *= 30
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch's exporter, about itself
+            torch.onnx.export(
+                network,
+                (torch.zeros(2, 3, SIZE, SIZE, dtype=torch.float16),),
+                source,
+                dynamo=True,
+                dynamic_shapes=({0: torch.export.Dim("n")},),
+                external_data=False,
+                verbose=False,
+            )
+        seen = onnx_preprocessing(source, STATED)
+        info = import_onnx(source, tmp_path / "t", seen, CLASSES, crops[:3], image_ids[:3], TeacherExportSettings(name="half"))
+        assert info.precision == "fp16"
+        report = json.loads((tmp_path / "t" / "parity.json").read_text())
+        assert (report["precision"], report["num_images"]) == ("fp16", 3)
+        assert report["max_logit_error"] > TeacherExportSettings(precision="fp32").limits.max_logit_error
+        for asked in ("fp32", "int8"):
+            with pytest.raises(ConfigError, match=rf"half\.onnx has weights in fp16, so precision {asked} cannot be had from it"):
+                import_onnx(source, tmp_path / "u", seen, CLASSES, crops, image_ids, TeacherExportSettings(precision=asked))
+
     def test_floats_without_mean_and_std_are_not_guessed(self, float_model: tuple[Body, Path]) -> None:
         for stated in (StatedPreprocessing(), StatedPreprocessing(mean=MEAN), StatedPreprocessing(std=STD)):
             with pytest.raises(ConfigError, match=r"float\.onnx takes floats, so it needs the mean and std"):
@@ -179,6 +208,17 @@ class TestAdoptedTeacher:
         assert read_teacher_info(tmp_path / "run" / "model.onnx") == adopted
         assert adopted == before.replace(name="second", default_temperature=3)
         assert (tmp_path / "run" / "parity.json").read_bytes() == (teacher / "parity.json").read_bytes()
+
+    @pytest.mark.parametrize("report", [None, "no json", "[]", {"failures": ["x"]}, {"fingerprint": "f" * 64}, {"fingerprint": ""}])
+    def test_it_must_have_passed_the_gate(self, teacher: Path, tmp_path: Path, report: str | dict[str, object] | None) -> None:
+        path = teacher / "parity.json"
+        passed = json.loads(path.read_text())
+        path.unlink()
+        if report is not None:
+            path.write_text(report if isinstance(report, str) else json.dumps({**passed, **report}))
+        with pytest.raises(ParityError, match=r"beside .*model\.onnx no parity\.json says that teacher [0-9a-f]{12} passed"):
+            adopt_teacher(teacher, tmp_path / "run", CLASSES, SIZE, TeacherExportSettings())
+        assert not (tmp_path / "run").exists()
 
     def test_ours_and_others_are_told_apart(self, teacher: Path, float_model: tuple[Body, Path]) -> None:
         assert is_teacher_of_ours(teacher)

@@ -41,7 +41,8 @@ def test_altered_weights_fail_and_name_the_worst_images(teacher_model: Path, net
     with pytest.raises(ParityError, match=r"teacher x does not say what the network says: logit error \S+ > 0\.001") as caught:
         require_parity(report, tmp_path, "teacher x")
     assert "\n" not in str(caught.value)
-    written = json.loads((tmp_path / "parity.json").read_text())
+    assert not (tmp_path / "parity.json").exists()
+    written = json.loads((tmp_path / "parity-failed.json").read_text())
     assert written["worst"][0]["image_id"] == report.worst[0].image_id
     assert report.worst[0].reference_class == reference[image_ids.index(report.worst[0].image_id)].argmax()
 

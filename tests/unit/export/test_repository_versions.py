@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from google.protobuf import text_format
@@ -181,9 +183,26 @@ def test_another_name_is_another_model(repository: Path, stamped: tuple[Path, Te
 
 def test_the_parity_report_travels_with_its_graph(other: OtherTeacher, tmp_path: Path) -> None:
     source = other(1)
-    source.with_name("parity.json").write_text("{}")
-    add_version(tmp_path / "models", source.parent, SETTINGS)
-    assert (tmp_path / "models" / "tiny" / "1" / "parity.json").read_text() == "{}"
+    fingerprint = read_teacher_info(source).fingerprint
+    cases = [(fingerprint, [], True), ("f" * 64, [], False), (fingerprint, ["x"], False)]
+    for number, (said, failures, taken) in enumerate(cases):
+        report = json.dumps({"fingerprint": said, "failures": failures})
+        source.with_name("parity.json").write_text(report)
+        add_version(tmp_path / f"models-{number}", source.parent, SETTINGS)
+        kept = tmp_path / f"models-{number}" / "tiny" / "1" / "parity.json"
+        assert (kept.read_text() if kept.exists() else None) == (report if taken else None)
+
+
+def test_a_teacher_without_a_label_is_not_served_at_once(stamped: tuple[Path, TeacherInfo], tmp_path: Path) -> None:
+    model = load_model(stamped[0])
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) > 1)
+    tensor.CopyFrom(numpy_helper.from_array(np.full(tensor.dims, np.nan, np.float32), tensor.name))
+    path, info = tmp_path / "nan.onnx", stamped[1]
+    onnx.save(model, path)
+    stamp_teacher(path, name=info.name, class_names=info.class_names, preprocessing=info.preprocessing)
+    with pytest.raises(BadInput, match=r"nan\.onnx gives no label: NaN"):
+        add_version(tmp_path / "models", path, SETTINGS)
+    assert served_versions(tmp_path / "models", "tiny") == []
 
 
 def test_list_says_what_cannot_be_served(repository: Path) -> None:

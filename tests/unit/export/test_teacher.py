@@ -39,7 +39,25 @@ def test_a_graph_that_fails_the_gate_is_not_kept(
     monkeypatch.setattr(teacher, "torch_reference", lambda network: lambda crops_BHWC: np.zeros((len(crops_BHWC), 5)))
     with pytest.raises(ParityError, match="teacher tiny does not say"):
         export_teacher(network, preprocessing, class_names, crops, image_ids, tmp_path, SETTINGS)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["parity.json", "worst"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parity-failed.json", "worst"]
+
+
+def test_an_older_teacher_keeps_its_own_report_when_a_later_one_fails(
+    network, preprocessing, class_names, crops, image_ids, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "teacher"
+    info = export_teacher(network, preprocessing, class_names, crops, image_ids, folder, SETTINGS)
+    report = (folder / "parity.json").read_bytes()
+    assert ParityReport.model_validate_json(report).fingerprint == info.fingerprint
+    with monkeypatch.context() as patched:
+        patched.setattr(teacher, "torch_reference", lambda network: lambda crops_BHWC: np.zeros((len(crops_BHWC), 5)))
+        with pytest.raises(ParityError, match=r"parity-failed\.json"):
+            export_teacher(network, preprocessing, class_names, crops, image_ids, folder, SETTINGS)
+    served = publish_teacher(folder, tmp_path / "models", SETTINGS)
+    assert (served.model.parent / "parity.json").read_bytes() == (folder / "parity.json").read_bytes() == report
+    assert not ParityReport.model_validate_json((folder / "parity-failed.json").read_bytes()).passed
+    export_teacher(network, preprocessing, class_names, crops, image_ids, folder, SETTINGS)
+    assert not (folder / "parity-failed.json").exists(), "it is over"
 
 
 def test_a_ready_onnx_becomes_a_teacher(preprocessing: Preprocessing, crops, image_ids, tmp_path: Path) -> None:

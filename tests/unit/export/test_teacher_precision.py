@@ -44,8 +44,8 @@ def admit(teacher_model: Path, network, preprocessing, class_names, crops, image
     return run
 
 
-def report_in(folder: Path) -> ParityReport:
-    return ParityReport.model_validate_json((folder / "parity.json").read_text())
+def report_in(folder: Path, name: str = "parity.json") -> ParityReport:
+    return ParityReport.model_validate_json((folder / name).read_text())
 
 
 def test_fp16(admit, tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_each_precision_has_its_limits_and_stated_ones_win() -> None:
 def test_limits_that_it_cannot_keep_stop_it(admit, settings: TeacherExportSettings, tmp_path: Path) -> None:
     with pytest.raises(ParityError, match=r"teacher tiny does not say .*: logit error \S+ > 1e-06"):
         admit(settings.replace(parity=PARITY_OF["fp16"].replace(max_logit_error=1e-6)))
-    assert report_in(tmp_path / "teacher").precision == settings.precision
+    assert report_in(tmp_path / "teacher", "parity-failed.json").precision == settings.precision
 
 
 def test_a_failed_gate_leaves_the_repository_alone_and_shows_the_worst_images(admit, crops, image_ids, network, tmp_path: Path) -> None:
@@ -116,6 +116,7 @@ def test_a_failed_gate_leaves_the_repository_alone_and_shows_the_worst_images(ad
     admit(FP16)
     publish_teacher(folder, models, FP16)
     (folder / "model.onnx").unlink()
+    (folder / "parity.json").unlink()
     before = {path: path.read_bytes() for path in models.rglob("*") if path.is_file()}
 
     def hates_three(crops_BHWC):
@@ -129,12 +130,12 @@ def test_a_failed_gate_leaves_the_repository_alone_and_shows_the_worst_images(ad
     with pytest.raises(ParityError, match="NaN or infinite logits on 1 of 40 images") as caught:
         admit(FP16.replace(precision="fp32"), hates_three)
     assert caught.value.exit_code == 2
-    assert sorted(path.name for path in folder.iterdir()) == ["parity.json", "worst"]
+    assert sorted(path.name for path in folder.iterdir()) == ["parity-failed.json", "worst"]
     pictures = sorted(path.name for path in (folder / "worst").iterdir())
     assert pictures[:3] == ["1-image-017.png", "2-image-023.png", "3-image-005.png"]
     assert len(pictures) == 8
     np.testing.assert_array_equal(np.array(Image.open(folder / "worst" / "2-image-023.png")), crops[23])
-    worst = json.loads((folder / "parity.json").read_text())["worst"]
+    worst = json.loads((folder / "parity-failed.json").read_text())["worst"]
     assert [(image["image_id"], image["row"]) for image in worst[:3]] == [("image-017", 17), ("image-023", 23), ("image-005", 5)]
     with pytest.raises(StageMissing):
         publish_teacher(folder, models, FP16)
@@ -152,7 +153,12 @@ def test_ranges_are_measured_on_other_crops_than_are_compared(crops) -> None:
     np.testing.assert_array_equal(compared, crops[:40])
     np.testing.assert_array_equal(measured_on, crops[40:])
     compared, measured_on = split_crops(crops[:44], 40)
-    assert (len(compared), len(measured_on)) == (40, 44)
+    np.testing.assert_array_equal(np.concatenate([compared, measured_on]), crops[:44], "none twice")
+    assert (len(compared), len(measured_on)) == (36, 8)
+    assert [len(part) for part in split_crops(crops[:60], 256)] == [48, 12]
+    for few, num_compared in ((crops[:3], 256), (crops[:39], 256), (crops, 31)):
+        with pytest.raises(ConfigError, match=rf"need 32 images to compare and 8 further ones .* of the {len(few)} here"):
+            split_crops(few, num_compared)
     assert (TeacherExportSettings().num_crops, INT8.num_crops) == (256, 40 + 256)
 
 

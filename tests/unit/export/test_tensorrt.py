@@ -204,7 +204,7 @@ class TestRepository:
         with pytest.raises(ParityError, match=r"engine of .*model.onnx does not say"):
             self.place(served, crops, shift=1.0)
         assert sorted(repository.rglob("*")) == before
-        report = json.loads((repository.parent / "failed" / "parity.json").read_text())
+        report = json.loads((repository.parent / "failed" / "parity-failed.json").read_text())
         assert report["limits"] == PARITY_OF["fp32"].model_dump()
         assert len(list((repository.parent / "failed" / "worst").iterdir())) == 8
 

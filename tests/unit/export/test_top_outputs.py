@@ -18,7 +18,8 @@ from export.imports import adopt_teacher
 from export.parity import torch_reference
 from export.settings import RepositorySettings, TeacherExportSettings
 from export.teacher import admit_teacher
-from export.top_outputs import add_top_outputs
+from export.teacher_precision import found_precision
+from export.top_outputs import add_top_outputs, top_output_failures
 from export.triton_repository import model_config
 
 SETTINGS = TeacherExportSettings(name="tiny", top_outputs=3)
@@ -40,6 +41,30 @@ def test_they_are_the_sorted_logits(
     assert all(len(np.unique(row)) == 5 for row in logits_BK), "the logits must differ for one right order"
     np.testing.assert_array_equal(ids_BR, np.argsort(-logits_BK, axis=1)[:, :3])
     np.testing.assert_array_equal(top_BR, np.take_along_axis(logits_BK, ids_BR, axis=1))
+
+
+@pytest.mark.parametrize(
+    ("name", "operator"),
+    [
+        ("top_logits", "Neg"),
+        ("top_logits", "Floor"),
+        ("top_ids", "Neg"),  # all but class 0 are then none of the teacher's
+        ("top_ids", "Sign"),  # each names a class, most of them twice
+    ],
+)
+def test_the_gate_looks_at_them(teacher_model: Path, network, crops, image_ids, tmp_path: Path, name: str, operator: str) -> None:
+    path = tmp_path / "unchecked.onnx"
+    model = onnx.load(teacher_model)
+    add_top_outputs(model, 3)
+    maker = next(node for node in model.graph.node if name in node.output)
+    maker.output[list(maker.output).index(name)] = "right"
+    model.graph.node.append(onnx.helper.make_node(operator, ["right"], [name], name="wrong"))
+    save_model(model, path)
+    failures = top_output_failures(path, crops, 3)
+    assert failures == ("top outputs are not the 3 largest logits on 64 of 64 images",)
+    teacher = found_precision(path, SETTINGS)
+    report = teacher.check(torch_reference(network), crops, image_ids)
+    assert report.failures == failures
 
 
 def test_more_than_there_are_classes(hand_made) -> None:
