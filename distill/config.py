@@ -41,16 +41,19 @@ class Section(BaseModel):
         return digest_of({"settings": self.model_dump(mode="json"), **more})
 
     def replace(self, **changes: Any) -> Self:
-        """A validated copy with some fields changed."""
-        return type(self).model_validate({**{name: getattr(self, name) for name in type(self).model_fields}, **changes}, by_name=True)
+        """A validated copy with some fields changed. What was left to its default still counts as left (`model_fields_set`)."""
+        return type(self).model_validate({**{name: getattr(self, name) for name in self.model_fields_set}, **changes}, by_name=True)
 
 
 def _over(default: Any, given: Any) -> Any:
     """`given` laid over the section `default`, field by field; as it is where either is something else."""
     if not isinstance(default, Section) or not isinstance(given, dict):
         return given
-    kept = {field.alias or name: getattr(default, name) for name, field in type(default).model_fields.items()}
-    return {**kept, **{key: _over(kept.get(key), value) for key, value in given.items()}}
+    fields = type(default).model_fields.items()
+    kept = {field.alias or name: getattr(default, name) for name, field in fields}
+    # What `default` itself leaves open stays open, so that `model_fields_set` tells what was given.
+    chosen = {field.alias or name: getattr(default, name) for name, field in fields if name in default.model_fields_set}
+    return {**chosen, **{key: _over(kept.get(key), value) for key, value in given.items()}}
 
 
 def digest_of(value: Any) -> str:

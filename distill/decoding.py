@@ -16,6 +16,7 @@ Specifications: ITU T.81 (JPEG), PNG third edition, the WebP container, CIPA DC-
 from __future__ import annotations
 
 import io
+import re
 import struct
 import zlib
 
@@ -30,7 +31,13 @@ from PIL.WebPImagePlugin import WebPImageFile
 from distill.errors import ImageError
 
 MAX_PIXELS = 50_000_000
-"""Default limit of height x width: 150 MB as RGB, larger than the photographs of today's cameras in training sets."""
+"""Default limit of height x width: 150 MB as RGB. While it is decoded an image takes up to 15 bytes a pixel (RGBA, turned by EXIF)."""
+
+_MOST_SCANS = 100
+"""Of one JPEG. Progressive files hold about ten; every scan passes over all pixels, also one of no more than its header."""
+
+_JPEG_SEGMENT = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")  # the marker of a scan or of what is followed by its length, and the end
+_SOS, _EOI = 0xDA, 0xD9
 
 _PLUGINS: dict[str, type[PngImageFile | WebPImageFile | JpegImageFile]] = {
     "JPEG": JpegImageFile,
@@ -81,7 +88,8 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.ui
         uint8 RGB [H,W,3], upright, writable, of its own memory.
 
     Raises:
-        ImageError: `empty file`, `not an image`, `unsupported format NAME`, `more than N pixels`, `truncated`, `damaged FORMAT`.
+        ImageError: `empty file`, `not an image`, `unsupported format NAME`, `more than N pixels`, `more than N scans`, `truncated`,
+            `damaged FORMAT`.
     """
     format_name = _format_of(data)
     width, height = _size_in_header(data, format_name)
@@ -90,10 +98,21 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.ui
     if width * height > max_pixels:
         raise ImageError(f"more than {max_pixels} pixels")
     if format_name == "JPEG":
+        if _has_too_many_scans(data):
+            raise ImageError(f"more than {_MOST_SCANS} scans")
         pixels_HWC = _decode_plain_jpeg(data)
         if pixels_HWC is not None:
             return pixels_HWC
-    return _decode_with_pillow(data, format_name)
+    return _decode_with_pillow(data, format_name, (width, height))
+
+
+def num_pixels(data: bytes) -> int:
+    """Height x width as the header says; 0 where there is none to read, which `decode_image` refuses."""
+    try:
+        width, height = _size_in_header(data, _format_of(data))
+    except ImageError:
+        return 0
+    return width * height
 
 
 def _format_of(data: bytes) -> str:
@@ -119,7 +138,9 @@ def _size_in_header(data: bytes, format_name: str) -> tuple[int, int]:
         if format_name == "JPEG":
             height, width, _, _ = simplejpeg.decode_jpeg_header(data, strict=False)
             return int(width), int(height)
-        if format_name == "PNG":  # IHDR is the first chunk by specification
+        if format_name == "PNG":
+            if data[12:16] != b"IHDR":  # the first chunk by specification; Pillow would take another size from behind any other chunk
+                raise ValueError("the first chunk is no IHDR")
             width, height = struct.unpack_from(">II", data, 16)
             return width, height
         return _size_of_webp(data)
@@ -139,6 +160,22 @@ def _size_of_webp(data: bytes) -> tuple[int, int]:
     return width & 0x3FFF, height & 0x3FFF
 
 
+def _has_too_many_scans(data: bytes) -> bool:
+    """Whether a decoder would pass over the image more than _MOST_SCANS times."""
+    if data.count(b"\xff\xda") <= _MOST_SCANS:  # the usual case: all starts of scans, and what looks like one in other segments
+        return False
+    position, num_scans = 2, 0
+    while marker := _JPEG_SEGMENT.search(data, position):
+        code, position = marker[1][0], marker.end()
+        if code == _EOI:  # what cameras append behind it is not decoded
+            return False
+        num_scans += code == _SOS
+        if num_scans > _MOST_SCANS:
+            return True
+        position += int.from_bytes(data[position : position + 2], "big")
+    return False
+
+
 def _decode_plain_jpeg(data: bytes) -> npt.NDArray[np.uint8] | None:
     """The fast path, libjpeg-turbo straight into an array; None when the file asks for more than it can do."""
     if b"Exif\x00\x00" in data or b"tiff:Orientation" in data:  # perhaps turned: Pillow reads the orientation
@@ -155,10 +192,15 @@ def _decode_plain_jpeg(data: bytes) -> npt.NDArray[np.uint8] | None:
         return None  # a warning such as stray bytes between markers: Pillow, which knows more of them, has the last word
 
 
-def _decode_with_pillow(data: bytes, format_name: str) -> npt.NDArray[np.uint8]:
-    """Every mode of the three formats. The plugin is called itself: `Image.open` has a pixel limit of its own, global to the process."""
+def _decode_with_pillow(data: bytes, format_name: str, size: tuple[int, int]) -> npt.NDArray[np.uint8]:
+    """Every mode of the three formats. The plugin is called itself: `Image.open` has a pixel limit of its own, global to the process.
+
+    `size` is the (width, height) that was checked: a second header with another one must not get past the limit.
+    """
     try:
         with _PLUGINS[format_name](io.BytesIO(data)) as image:
+            if image.size != size:
+                raise ImageError(f"damaged {format_name}")
             image.load()
             return np.array(_upright_rgb(image))
     except _DECODER_ERRORS as error:

@@ -20,10 +20,14 @@ _QUALITY = re.compile(r"0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?")
 
 
 def wants_binary(accept: str) -> bool:
-    """Whether the answer is the binary body rather than JSON; an empty header takes both. Raises Problem 406 for one that takes neither."""
-    if not accept.strip():
-        return False
+    """Whether the answer is the binary body rather than JSON; a header without a well-formed element takes both.
+
+    Raises:
+        Problem: 406 it takes neither.
+    """
     ranges = _ranges(accept)
+    if not ranges:
+        return False
     qualities = [_quality(form, ranges) for form in _FORMS]
     if max(qualities) == 0:
         raise Problem(406, "not_acceptable", f"answers are {' or '.join(_FORMS)}; Accept: {accept[:100]!r} takes neither")

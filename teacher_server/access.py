@@ -18,7 +18,7 @@ from distill.errors import ConfigError
 from teacher_server.key_file import KeyEntry, KeyFile, hash_secret, parse_entries, read_keys, split_key
 from teacher_server.problems import Problem
 from teacher_server.quotas import TenantUsage
-from teacher_server.settings import ServerSettings
+from teacher_server.settings import ServerSettings, TenantQuota
 
 KEYS_FILE_VARIABLE = "DISTILL_API_KEYS_FILE"
 KEYS_VARIABLE = "DISTILL_API_KEYS"
@@ -47,6 +47,7 @@ class Access:
         self._entries: dict[str, KeyEntry] = {}
         self._seen: tuple[int, ...] | None = None
         self._looked = clock()
+        self._complaint = ""
         if settings.auth == "keys":
             self._load()
             if not self._entries:
@@ -71,9 +72,13 @@ class Access:
     def _usage_of(self, tenant: str) -> TenantUsage:
         usage = self._usage.get(tenant)
         if usage is None:
-            quota = self._from_file.tenants.get(tenant, self._settings.quota)
-            usage = self._usage[tenant] = TenantUsage(tenant, quota, self._clock)
+            usage = self._usage[tenant] = TenantUsage(tenant, self._quota(tenant), self._clock)
         return usage
+
+    def _quota(self, tenant: str) -> TenantQuota:
+        """What the file says of this tenant, laid over server.quota."""
+        own = self._from_file.tenants.get(tenant)
+        return self._settings.quota if own is None else self._settings.quota.replace(**own.model_dump(exclude_unset=True))
 
     def _look(self) -> None:
         """Read the file again if it changed."""
@@ -88,20 +93,24 @@ class Access:
             logger.info("file of keys %s was read again: %d keys", self._path, len(self._entries))
         except ConfigError as error:
             # A slip of the pen must not lock everybody out; a file that was taken away locks out everybody in it (see _load).
-            logger.error("%s; the keys read before stay valid", error)
+            # It is read again every second, so that a revoked key is out as soon as the file can be read; said once.
+            if str(error) != self._complaint:
+                logger.error("%s; the keys read before stay valid", error)
+            self._complaint = str(error)
 
     def _load(self) -> None:
         if self._path is not None:
-            self._seen = _signature(self._path)
+            found = _signature(self._path)  # before reading: what is changed meanwhile differs from it
             first = not self._entries
-            if self._seen is None and not first:
+            if found is None and not first:
                 logger.error("file of keys %s is gone: none of its keys is valid any more", self._path)
                 self._from_file = KeyFile()
             else:
                 self._from_file = read_keys(self._path)
+            self._seen, self._complaint = found, ""
         self._entries = {entry.id: entry for entry in (*self._fixed, *self._from_file.keys)}
         for name, usage in list(self._usage.items()):
-            if usage.quota != self._from_file.tenants.get(name, self._settings.quota):
+            if usage.quota != self._quota(name):
                 del self._usage[name]  # a new quota begins with a full bucket
 
 
@@ -131,7 +140,7 @@ def _signature(path: Path) -> tuple[int, ...] | None:
         stat = path.stat()
     except OSError:
         return None
-    return stat.st_ino, stat.st_mtime_ns, stat.st_size
+    return stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size
 
 
 def _no_keys(path: Path | None) -> str:

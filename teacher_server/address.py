@@ -26,6 +26,8 @@ class TeacherAddress(Section):
     """Folder of the model repository, for a teacher inside the asking process."""
     request_timeout_s: float = Field(default=30, gt=0)
     """Deadline of one request to Triton."""
+    max_in_flight: int = Field(default=8, ge=1)
+    """Messages to Triton at once, of about 1.2 MB at most. Fewer than its batch keep batches of single images from growing full."""
     num_threads: int = Field(default=0, ge=0)
     """Threads of an embedded teacher; 0 lets ONNX Runtime decide."""
 
@@ -47,7 +49,9 @@ def open_teacher(address: TeacherAddress) -> TeacherBackend:
     if address.triton_url is not None:
         from teacher_server.triton import TritonTeacher
 
-        return TritonTeacher(address.triton_url, address.model, request_timeout_s=address.request_timeout_s)
+        return TritonTeacher(
+            address.triton_url, address.model, request_timeout_s=address.request_timeout_s, max_in_flight=address.max_in_flight
+        )
     from teacher_server.embedded import EmbeddedTeacher
 
     assert address.repository is not None

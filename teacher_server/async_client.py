@@ -121,11 +121,17 @@ class AsyncTeacherClient:
     async def _soft_labels(
         self, crops_BHWC: Crops, temperature: ArrayLike | None, top_k: int | None, fingerprint: str | None
     ) -> Floats | TopLabels:
-        info = await self.backend.info()
-        if top_k is not None and not 1 <= top_k <= info.num_classes:
-            raise RequestRefused(f"top_k must be 1 to {info.num_classes}, the classes of {info.name}, got {top_k}")
-        temperature_B1 = _one_each(info.default_temperature if temperature is None else temperature, len(crops_BHWC))
-        _, probs_BK = await self.backend.soft_labels(crops_BHWC, temperature_B1, fingerprint=fingerprint)
+        async def ask() -> Floats:
+            info = await self.backend.known(fingerprint)
+            if top_k is not None and not 1 <= top_k <= info.num_classes:
+                refusal = RequestRefused(f"top_k must be 1 to {info.num_classes}, the classes of {info.name}, got {top_k}")
+                await self.backend.look_again(info, refusal)
+                raise refusal
+            temperature_B1 = _one_each(info.default_temperature if temperature is None else temperature, len(crops_BHWC))
+            # Of this teacher, also where the caller takes any: its own temperature and number of classes are not those of the next one.
+            return (await self.backend.soft_labels(crops_BHWC, temperature_B1, fingerprint=fingerprint or info.fingerprint))[1]
+
+        probs_BK = await self.backend.of_one_teacher(ask, fingerprint)
         if top_k is None:
             return probs_BK
         ids_BR = np.argsort(-probs_BK, axis=1, kind="stable")[:, :top_k]  # of equal values the smaller id comes first

@@ -143,8 +143,10 @@ class CheckedTeacher(ABC):
             await self._ask_grey_crop()
 
     async def _ask_grey_crop(self) -> None:
-        size = (await self.info()).preprocessing.image_size
-        await self.soft_labels(np.full((1, size, size, 3), 127, np.uint8), np.ones((1, 1), np.float32))
+        info = await self.info()
+        size = info.preprocessing.image_size
+        # Of this teacher: the next one may take crops of another size.
+        await self.soft_labels(np.full((1, size, size, 3), 127, np.uint8), np.ones((1, 1), np.float32), fingerprint=info.fingerprint)
 
     async def close(self) -> None:
         """See TeacherBackend."""

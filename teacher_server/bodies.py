@@ -25,7 +25,7 @@ _MAX_FIELD_BYTES = 4096
 
 
 class BodyMemory:
-    """How many bytes of bodies this process holds."""
+    """How many bytes of bodies and of answers that are being sent this process holds."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -53,10 +53,17 @@ class HeldBody:
         memory = self._memory
         if memory.used + num_bytes > memory.limit:
             raise Problem(
-                503, "overloaded", f"bodies of {memory.used} bytes are being worked on (server.max_buffered_bytes {memory.limit})"
+                503,
+                "overloaded",
+                f"bodies and answers of {memory.used} bytes are being worked on (server.max_buffered_bytes {memory.limit})",
             )
         memory.used += num_bytes
         self.size += num_bytes
+
+    def becomes(self, num_bytes: int) -> None:
+        """The body has been worked off; its answer of so many bytes is there. Not refused: the next bodies are."""
+        self._memory.used += num_bytes - self.size
+        self.size = num_bytes
 
 
 async def read_body(request: Request, limit: int, held: HeldBody, setting: str = "max_body_bytes") -> bytes:
@@ -84,12 +91,17 @@ async def limited_chunks(request: Request, limit: int, held: HeldBody, setting: 
         yield chunk
 
 
+def too_many_images(max_batch: int) -> Problem:
+    """413: a client that sends fewer at once is answered."""
+    return Problem(413, "too_large", f"a request holds 1 to {max_batch} images (server.max_batch), here are more; send fewer at once")
+
+
 async def read_files(request: Request, limit: int, held: HeldBody, max_files: int) -> list[bytes]:
     """The files of a multipart form, in their order.
 
     Raises:
-        Problem: as `read_body`.
-        RequestRefused: not multipart, more than `max_files` files, or a field that is no file.
+        Problem: as `read_body`; 413 more than `max_files` files.
+        RequestRefused: not multipart, or a field that is no file.
     """
     chunks = limited_chunks(request, limit, held, "max_body_bytes")
     parser = MultiPartParser(request.headers, chunks, max_files=max_files, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES)
@@ -97,6 +109,8 @@ async def read_files(request: Request, limit: int, held: HeldBody, max_files: in
     try:
         form = await parser.parse()
     except MultiPartException as error:
+        if error.message.startswith("Too many files"):
+            raise too_many_images(max_files) from error
         raise RequestRefused(f"the multipart body cannot be used: {error.message} (server.max_batch is {max_files})") from error
     try:
         files = []

@@ -5,6 +5,10 @@ Unit of data: one failed request.
 
 from __future__ import annotations
 
+import logging
+import math
+import time
+
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -18,10 +22,22 @@ from teacher_server.problems import Problem, problem_of
 
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 _NOBODY = "-"
+_SAME_LINE_S = 10.0
+
+logger = logging.getLogger(__name__)
 
 
 def answer_failures(app: FastAPI, metrics: GatewayMetrics) -> None:
     """Turn exceptions into answers, and count them. What is not listed here ends in security.py, with 500."""
+
+    last_said: dict[str, float] = {}
+
+    def log(line: str) -> None:
+        now = time.monotonic()
+        if now - last_said.get(line, -math.inf) >= _SAME_LINE_S:
+            last_said.clear()  # one entry: a teacher that is away says the same to everybody
+            last_said[line] = now
+            logger.warning("%s", line)
 
     def answer(request: Request, problem: Problem) -> JSONResponse:
         tenant = request.scope.get("tenant")
@@ -34,7 +50,10 @@ def answer_failures(app: FastAPI, metrics: GatewayMetrics) -> None:
 
     @app.exception_handler(DistillError)
     async def ours(request: Request, error: DistillError) -> JSONResponse:
-        return answer(request, problem_of(error))
+        failed = problem_of(error)
+        if failed.status >= 500:
+            log(f"{failed.status} {failed.code}: {error}")
+        return answer(request, failed)
 
     @app.exception_handler(QueueFull)
     async def queue_full(request: Request, error: QueueFull) -> JSONResponse:

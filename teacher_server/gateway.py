@@ -2,7 +2,8 @@
 
 Flow of one request: (1) its key is looked up; (2) the query is checked; (3) the body is read, never more than the limit; (4) its images are
 charged to the tenant's quota; (5) threads decode and cut; (6) it waits for its tenant's turn; (7) the teacher is asked for the one tensor
-needed; (8) threads make the JSON. A deadline that passes cancels whichever step it finds, and so does a client that hangs up.
+needed; (8) threads make the JSON; (9) it is sent, and only then its memory and its place among the tenant's requests are free. A deadline
+that passes cancels steps 2 to 8, and so does a client that hangs up; who does not take the answer meets stalled.py.
 Unit of data: one HTTP request. This process never imports torch.
 """
 
@@ -10,10 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Coroutine, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import ExitStack, asynccontextmanager
 from functools import partial
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -26,12 +27,14 @@ from teacher_server.accept import JSON_MEDIA_TYPE, wants_binary
 from teacher_server.access import Access
 from teacher_server.answers import ask_teacher, binary_body, check_query, json_body, make_message
 from teacher_server.backend import Floats, TeacherBackend
-from teacher_server.bodies import BodyMemory
+from teacher_server.bodies import BodyMemory, HeldBody
 from teacher_server.decoding_pool import DecodingPool
 from teacher_server.docs_page import add_docs
+from teacher_server.endings import refunded, teachers_fault, unless_gone, until
 from teacher_server.failures import answer_failures
 from teacher_server.fair_queue import FairQueue
-from teacher_server.intake import Intake, Submission, make_crops, receive
+from teacher_server.held_response import HeldResponse
+from teacher_server.intake import Intake, NothingUsable, Submission, make_crops, receive
 from teacher_server.live_stats import LiveStats, StatsAnswer, watch_requests
 from teacher_server.metrics import GatewayMetrics, count_requests
 from teacher_server.openapi import LABELS_BODY, LABELS_RESPONSES, document, errors
@@ -43,14 +46,19 @@ from teacher_server.schemas import Health, ModelCard, ModelList, SoftLabelsAnswe
 from teacher_server.security import guard, seal
 from teacher_server.settings import ServerSettings
 
-T = TypeVar("T")
 Parity = Mapping[str, dict[str, Any]]
 
 _READY_TIMEOUT_S = 10.0
 _MOST_CHANGES = 3  # so often may another version take the teacher's place while one request is answered
 
 
-def create_app(teacher: TeacherBackend, settings: ServerSettings, parity: Parity | None = None, access: Access | None = None) -> FastAPI:
+def create_app(
+    teacher: TeacherBackend,
+    settings: ServerSettings,
+    parity: Parity | None = None,
+    access: Access | None = None,
+    hosts: frozenset[str] | None = None,
+) -> FastAPI:
     """The gateway before one teacher, which it closes at its end.
 
     Args:
@@ -58,6 +66,7 @@ def create_app(teacher: TeacherBackend, settings: ServerSettings, parity: Parity
         settings: limits, keys and quotas.
         parity: fingerprint -> what the parity gate measured of that teacher when it was exported, for its model card.
         access: who may ask; by default what the settings and the environment say.
+        hosts: the only names that a request may be sent to; None takes any (see `security.own_hosts`).
 
     Raises:
         ConfigError: API keys are wanted and there are none.
@@ -83,10 +92,10 @@ def create_app(teacher: TeacherBackend, settings: ServerSettings, parity: Parity
     _add_labels(app, service)
     _add_models(app, service)
     _add_health(app, service)
-    document(app)
+    document(app, keys=settings.auth == "keys")
     add_docs(app)
     add_page(app)
-    guard(app, access or Access(settings))
+    guard(app, access or Access(settings), hosts)
     count_requests(app, service.metrics)
     watch_requests(app, service.live, "/v1/soft-labels")
     seal(app, settings.max_body_bytes)
@@ -101,7 +110,7 @@ class _Service:
         self.settings = settings
         self.parity = parity
         self.queue = FairQueue(settings.max_images_in_flight, settings.max_queued_images_per_tenant, settings.max_queued_images)
-        self.pool = DecodingPool()
+        self.pool = DecodingPool(settings.max_image_pixels)
         self.bodies = BodyMemory(settings.max_buffered_bytes)
         self.readiness = Readiness(teacher, min(_READY_TIMEOUT_S, settings.triton.request_timeout_s))
         self.metrics = GatewayMetrics()
@@ -110,7 +119,8 @@ class _Service:
 
     async def model(self, name: str | None) -> TeacherInfo:
         """The teacher, if it has that name. Raises Problem 404."""
-        info = await self.teacher.info()
+        with teachers_fault():
+            info = await self.teacher.info()
         if name is not None and name != info.name:
             raise Problem(404, "not_found", f"there is no model {name[:100]!r}; this server has {info.name!r}")
         return info
@@ -122,29 +132,36 @@ class _Service:
 
     async def soft_labels(self, request: Request, query: SoftLabelsQuery, tenant: TenantUsage) -> Response:
         """Answer one request for soft labels."""
+        _check_given_once(request)
         binary = wants_binary(", ".join(request.headers.getlist("accept")))
         limit_s = self.settings.triton.request_timeout_s
         deadline = asyncio.get_running_loop().time() + limit_s
         too_late = Problem(504, "deadline", f"no answer within {limit_s:g} s (server.triton.request_timeout_s)")
         too_slow = Problem(408, "slow_body", f"the body did not arrive within {limit_s:g} s (server.triton.request_timeout_s)")
-        with tenant.enter(), self.bodies.hold() as held:
-            async with _until(deadline, too_late):
+        with ExitStack() as until_sent:
+            until_sent.enter_context(tenant.enter())
+            held = until_sent.enter_context(self.bodies.hold())
+            async with until(deadline, too_late):
                 check_query(query, await self.model(query.model))
-            async with _until(deadline, too_slow):
+            async with until(deadline, too_slow):
                 sent = await receive(request, held, self.settings, self.pool)
             self.queue.check_room(tenant.name, sent.num_images)  # before anything is decoded in vain
             tenant.charge(sent.num_images)
-            async with _until(deadline, too_late):
-                return await _unless_gone(request, self._answer(sent, query, tenant, binary))
+            with refunded(tenant, sent.num_images):
+                async with until(deadline, too_late):
+                    response = await unless_gone(request, self._answer(sent, query, tenant, binary, held))
+            response.release = until_sent.pop_all()
+            return response
 
-    async def _answer(self, sent: Submission, query: SoftLabelsQuery, tenant: TenantUsage, binary: bool) -> Response:
+    async def _answer(self, sent: Submission, query: SoftLabelsQuery, tenant: TenantUsage, binary: bool, held: HeldBody) -> HeldResponse:
         info, intake, values_GK = await self._label(sent, query, tenant)
-        self._count(tenant, intake)
         work = partial(_body, info, query, intake, values_GK, binary)
         # The usual answer for programs costs less than handing it to a thread.
         small = binary and query.top_k is None and query.kind != "log_probs" and not intake.errors
         body = work() if small else await self.pool.run(work)
-        return Response(body, 207 if intake.errors else 200, media_type=SOFT_LABELS_MEDIA_TYPE if binary else JSON_MEDIA_TYPE)
+        held.becomes(len(body))
+        self._count(tenant, len(intake.crops_GHWC), len(intake.errors))
+        return HeldResponse(body, 207 if intake.errors else 200, media_type=SOFT_LABELS_MEDIA_TYPE if binary else JSON_MEDIA_TYPE)
 
     async def _label(self, sent: Submission, query: SoftLabelsQuery, tenant: TenantUsage) -> tuple[TeacherInfo, Intake, Floats]:
         """All labels are those of the teacher returned with them; if another version takes its place meanwhile, all are asked for anew."""
@@ -154,7 +171,7 @@ class _Service:
             check_query(query, info)
             if intake is None or cut_for != info.preprocessing:
                 with self.metrics.decode.time():
-                    intake = await make_crops(sent, query.crop, info, self.settings, self.pool, tenant)
+                    intake = await self._crops(sent, query, info, tenant)
                 cut_for = info.preprocessing
             try:
                 return info, intake, await self._ask_in_turn(info, intake, query, tenant)
@@ -162,20 +179,27 @@ class _Service:
                 changed = error
         raise changed
 
+    async def _crops(self, sent: Submission, query: SoftLabelsQuery, info: TeacherInfo, tenant: TenantUsage) -> Intake:
+        try:
+            return await make_crops(sent, query.crop, info, self.settings, self.pool, tenant)
+        except NothingUsable as problem:
+            self._count(tenant, 0, problem.num_images)
+            raise
+
     async def _ask_in_turn(self, info: TeacherInfo, intake: Intake, query: SoftLabelsQuery, tenant: TenantUsage) -> Floats:
         temperature = query.temperature or info.default_temperature
         came = time.perf_counter()
         async with self.queue.turn(tenant.name, tenant.quota.weight, len(intake.crops_GHWC)):
             self.metrics.wait.observe(time.perf_counter() - came)
-            with self.metrics.teacher.time():
+            with self.metrics.teacher.time(), teachers_fault():
                 return await ask_teacher(self.teacher, query, temperature, intake.crops_GHWC, info.fingerprint)
 
-    def _count(self, tenant: TenantUsage, intake: Intake) -> None:
+    def _count(self, tenant: TenantUsage, num_labelled: int, num_rejected: int) -> None:
         label = self.metrics.tenant_label(tenant.name)
-        self.metrics.batch.observe(intake.num_images)
-        self.metrics.images.labels(label, "labelled").inc(len(intake.crops_GHWC))
-        self.metrics.images.labels(label, "rejected").inc(len(intake.errors))
-        self.live.labelled(len(intake.crops_GHWC))
+        self.metrics.batch.observe(num_labelled + num_rejected)
+        self.metrics.images.labels(label, "labelled").inc(num_labelled)
+        self.metrics.images.labels(label, "rejected").inc(num_rejected)
+        self.live.labelled(num_labelled)
 
 
 def _add_labels(app: FastAPI, service: _Service) -> None:
@@ -225,37 +249,14 @@ def _add_health(app: FastAPI, service: _Service) -> None:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
+def _check_given_once(request: Request) -> None:
+    """Raises Problem 422 for a parameter that is there twice: nobody knows which one was meant."""
+    names = [name for name, _ in request.query_params.multi_items()]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise Problem(422, "bad_query", f"query.{twice[:100]}: given {names.count(twice)} times; once is what can be answered")
+
+
 def _body(info: TeacherInfo, query: SoftLabelsQuery, intake: Intake, values_GK: Floats, binary: bool) -> bytes:
     message = make_message(info, query, query.temperature or info.default_temperature, intake, values_GK)
     return binary_body(message) if binary else json_body(message)
-
-
-@asynccontextmanager
-async def _until(deadline: float, problem: Problem) -> AsyncIterator[None]:
-    """The block, which ends with `problem` when the event loop's clock is at `deadline`."""
-    try:
-        async with asyncio.timeout_at(deadline):
-            yield
-    except TimeoutError as error:
-        raise problem from error
-
-
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client hangs up first or the deadline passes."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_hung_up(request))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise Problem(499, "client_gone", "the client hung up")
-        return task.result()
-    finally:
-        task.cancel()
-        gone.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
-
-
-async def _hung_up(request: Request) -> None:
-    """Returns when the client is gone. The body has been read to its end, so nothing else can come."""
-    while (await request.receive())["type"] != "http.disconnect":
-        continue

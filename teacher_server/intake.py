@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from distill.crops import center_crop, decode_image
+from distill.decoding import num_pixels
 from distill.errors import ImageError, RequestRefused
 from distill.teacher_info import Preprocessing, TeacherInfo
 from distill.wire import CROPS_MEDIA_TYPE, CropPolicy, ItemError, decode_crops
 from teacher_server.backend import check_crops
-from teacher_server.bodies import HeldBody, read_body, read_files
-from teacher_server.decoding_pool import DecodingPool
+from teacher_server.bodies import HeldBody, read_body, read_files, too_many_images
+from teacher_server.decoding_pool import DecodingPool, PixelBudget
 from teacher_server.problems import Problem
 from teacher_server.quotas import TenantUsage
 from teacher_server.schemas import ImagesRequest
@@ -61,12 +62,20 @@ class Intake:
     policy: CropPolicy
 
 
+class NothingUsable(Problem):
+    """422: not one image of a request of `num_images` can be used."""
+
+    def __init__(self, num_images: int, code: str, message: str, items: tuple[ItemError, ...] = ()) -> None:
+        super().__init__(422, code, message, items=items)
+        self.num_images = num_images
+
+
 async def receive(request: Request, held: HeldBody, settings: ServerSettings, pool: DecodingPool) -> Submission:
     """Read one request to its end.
 
     Raises:
-        Problem: 413 body too large, 415 unknown media type, 503 too many bodies in memory.
-        RequestRefused: a malformed form, JSON or crops, or no image, or too many.
+        Problem: 413 body too large or too many images, 415 unknown media type, 503 too many bodies in memory.
+        RequestRefused: a malformed form, JSON or crops, or no image.
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type not in MEDIA_TYPES:
@@ -80,7 +89,7 @@ async def receive(request: Request, held: HeldBody, settings: ServerSettings, po
     if media_type == CROPS_MEDIA_TYPE:
         return _counted(Submission([], decode_crops(body)), settings.max_batch)
     if media_type == JSON_MEDIA_TYPE:
-        return _counted(Submission(await pool.run(partial(_image_texts, body))), settings.max_batch)
+        return _counted(Submission(await pool.run(partial(_image_texts, body, settings.max_batch))), settings.max_batch)
     return Submission([body], single=True)
 
 
@@ -90,7 +99,7 @@ async def make_crops(
     """The crops that the teacher is asked about.
 
     Raises:
-        Problem: 422 there is not one usable image.
+        NothingUsable: 422 there is not one usable image.
         RequestRefused: ready crops of another size, or a policy that ready crops cannot have.
     """
     if sent.crops_BHWC is not None:
@@ -99,25 +108,32 @@ async def make_crops(
         check_crops(sent.crops_BHWC, info)
         return Intake(sent.num_images, sent.crops_BHWC, np.arange(sent.num_images), (), "as-is")
     policy = policy or "teacher"
-    results = await pool.map(tenant, partial(_crop_or_error, info.preprocessing, policy, settings), sent.files)
+    results = await pool.map(tenant, partial(_crop_or_error, info.preprocessing, policy, settings, pool.pixels), sent.files)
     errors = tuple(result for result in results if isinstance(result, ItemError))
     good = [(position, result) for position, result in enumerate(results) if not isinstance(result, ItemError)]
     if good:
         positions_G = np.array([position for position, _ in good], np.intp)
         return Intake(len(results), np.stack([crop for _, crop in good]), positions_G, errors, policy)
     if sent.single:
-        raise Problem(422, errors[0].code, f"this image cannot be used: {errors[0].message}")
+        raise NothingUsable(1, errors[0].code, f"this image cannot be used: {errors[0].message}")
     # An answer without a single label is not a success.
-    raise Problem(422, "refused", f"none of the {len(results)} images can be used; the first: {errors[0].message}", items=errors)
+    message = f"none of the {len(results)} images can be used; the first: {errors[0].message}"
+    raise NothingUsable(len(results), "refused", message, items=errors)
 
 
 def _counted(sent: Submission, max_batch: int) -> Submission:
-    if not 1 <= sent.num_images <= max_batch:
-        raise RequestRefused(f"a request holds 1 to {max_batch} images (server.max_batch), got {sent.num_images}")
+    if sent.num_images > max_batch:
+        raise too_many_images(max_batch)
+    if sent.num_images < 1:
+        raise RequestRefused(f"a request holds 1 to {max_batch} images (server.max_batch), got 0")
     return sent
 
 
-def _image_texts(body: bytes) -> list[bytes | str]:
+def _image_texts(body: bytes, max_batch: int) -> list[bytes | str]:
+    # Base64 has no comma, so nearly every comma ends an item; twice as many allow for `data:` URLs, which the item's own error names.
+    # Counted before parsing: 32 MB of `1,1,1` would be 16 million objects, made while no other thread may run.
+    if body.count(b",") > 2 * max_batch:
+        raise too_many_images(max_batch)
     try:
         return [*ImagesRequest.model_validate_json(body).images]
     except ValidationError as error:
@@ -129,7 +145,7 @@ def _image_texts(body: bytes) -> list[bytes | str]:
 
 
 def _crop_or_error(
-    preprocessing: Preprocessing, policy: CropPolicy, settings: ServerSettings, index: int, file: bytes | str
+    preprocessing: Preprocessing, policy: CropPolicy, settings: ServerSettings, pixels: PixelBudget, index: int, file: bytes | str
 ) -> NDArray[np.uint8] | ItemError:
     """Runs in a thread. Never raises for what a client sent."""
     try:
@@ -140,9 +156,13 @@ def _crop_or_error(
         message = f"the image has {len(data)} bytes, over {settings.max_image_bytes} (server.max_image_bytes)"
         return ItemError(index=index, code="too_large", message=message)
     try:
-        pixels_HWC = decode_image(data, settings.max_image_pixels)
+        with pixels.hold(num_pixels(data)):
+            return _crop(decode_image(data, settings.max_image_pixels), preprocessing, policy, index)
     except ImageError as error:
         return ItemError(index=index, code="bad_image", message=error.reason)
+
+
+def _crop(pixels_HWC: NDArray[np.uint8], preprocessing: Preprocessing, policy: CropPolicy, index: int) -> NDArray[np.uint8] | ItemError:
     size = preprocessing.image_size
     if policy == "teacher":
         return center_crop(pixels_HWC, size, preprocessing.crop_ratio)

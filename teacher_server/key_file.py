@@ -7,18 +7,22 @@ would be a way to overload the gateway.
 
     keys:                                   # a YAML file, or JSON, which is YAML too
       - {id: 0f1e2d3c4b5a, tenant: alice, sha256: 64 hex digits, created: 2026-01-31}
-    tenants:                                # only those whose quota is not server.quota
+    tenants:                                # only those whose quota is not server.quota, and of it only what differs
       alice: {images_per_s: 500, weight: 3}
 """
 
 from __future__ import annotations
 
 import datetime
+import fcntl
 import hashlib
 import os
 import re
 import secrets
+import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -61,7 +65,7 @@ class KeyFile(Section):
     keys: tuple[KeyEntry, ...] = ()
     """All keys that are valid."""
     tenants: dict[TenantName, TenantQuota] = Field(default={})
-    """Quotas of tenants by name."""
+    """Quotas of tenants by name; what an entry leaves out is that of server.quota."""
 
     @model_validator(mode="after")
     def _ids_differ(self) -> Self:
@@ -134,14 +138,15 @@ def read_keys(path: Path) -> KeyFile:
 
 
 def write_keys(path: Path, keys: KeyFile) -> None:
-    """Put a file there whole or not at all, readable by its owner only. Raises ConfigError if that cannot be done."""
+    """Put a file there whole or not at all: readable by its owner only, or by whom the old one was. Raises ConfigError if that fails."""
     path = path.resolve()  # through a link to the file itself
-    text = _HEAD + yaml.safe_dump(keys.model_dump(mode="json", exclude_defaults=True), sort_keys=False, default_flow_style=None, width=200)
+    text = _HEAD + yaml.safe_dump(keys.model_dump(mode="json", exclude_unset=True), sort_keys=False, default_flow_style=None, width=200)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         number, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600 from its first moment
         try:
             with os.fdopen(number, "w", encoding="utf-8") as file:
+                _as_before(path, number)
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
@@ -151,3 +156,31 @@ def write_keys(path: Path, keys: KeyFile) -> None:
             raise
     except OSError as error:
         raise ConfigError(f"file of keys {path} cannot be written: {error.strerror}") from error
+
+
+@contextmanager
+def changing(path: Path) -> Iterator[None]:
+    """The block reads and writes the file alone: two `distill keys` at once would lose a key. Raises ConfigError as `write_keys` does."""
+    folder = path.resolve().parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        number = os.open(folder, os.O_RDONLY)  # the folder, because the file itself is replaced
+    except OSError as error:
+        raise ConfigError(f"file of keys {path} cannot be written: {error.strerror}") from error
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(number)
+
+
+def _as_before(path: Path, number: int) -> None:
+    """Owner and mode of the old file for the new one: a gateway that runs as another user must be able to read it."""
+    try:
+        old = path.stat()
+    except FileNotFoundError:
+        return
+    for owner, group in ((old.st_uid, -1), (-1, old.st_gid)):
+        with suppress(PermissionError):  # not everybody may give files away; what can be kept is kept
+            os.fchown(number, owner, group)
+    os.fchmod(number, stat.S_IMODE(old.st_mode))

@@ -24,10 +24,11 @@ _RETRY_AFTER = {"Retry-After": {"description": "Seconds until it is worth asking
 
 _MEANINGS = {
     401: "No API key, or one that is not valid (`unauthorized`).",
+    403: "Without API keys: not sent to a name of this machine, or by another site's page (`foreign_host`, `foreign_origin`).",
     404: "No such model, or no such path (`not_found`).",
     406: "Accept takes neither JSON nor the binary form (`not_acceptable`).",
     408: "The body did not arrive in time (`slow_body`).",
-    413: "The body is too large (`too_large`).",
+    413: "The body is too large, or holds too many images (`too_large`).",
     415: "The body is of a type that is not listed (`unsupported_media_type`).",
     422: "Malformed or impossible (`bad_query`, `refused`), or no usable image (`bad_image`, `wrong_size`, `refused` with `items`).",
     429: "Over a quota (`too_many_requests`, `too_many_images`, `too_many_at_once`), or too much waits (`queue_full`).",
@@ -71,8 +72,10 @@ LABELS_BODY = {
 """Every body that `POST /v1/soft-labels` takes."""
 
 
-def document(app: FastAPI) -> None:
-    """Add the API keys to the app's OpenAPI document."""
+def document(app: FastAPI, *, keys: bool) -> None:
+    """Add the API keys to the app's OpenAPI document, where keys are asked for."""
+    if not keys:
+        return
     plain = app.openapi
 
     def with_keys() -> dict[str, Any]:

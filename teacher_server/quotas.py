@@ -41,6 +41,10 @@ class TokenBucket:
         self._tokens -= cost
         return 0.0
 
+    def give_back(self, cost: float) -> None:
+        """Undo one `take`."""
+        self._tokens = min(self.burst, self._tokens + cost)
+
 
 class TenantUsage:
     """What one tenant has used of its quota."""
@@ -74,6 +78,11 @@ class TenantUsage:
         if wait_s:
             message = f"tenant {self.name}: {num_images} images are over its quota of {self.quota.images_per_s:g} images a second"
             raise Problem(429, "too_many_images", message, retry_after_s=wait_s)
+
+    def refund(self, num_images: int) -> None:
+        """Undo one `charge`: no label was delivered, and that was not the tenant's doing."""
+        if self._images:
+            self._images.give_back(num_images)
 
 
 def _bucket(rate: float | None, burst_s: float, clock: Callable[[], float]) -> TokenBucket | None:

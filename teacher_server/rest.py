@@ -40,7 +40,7 @@ from teacher_server.retries import Patience, PatientTeacher, RetryPolicy, all_or
 MESSAGE_BYTES = 4_900_000
 """32 crops of 224 pixels: the body of a request, unless the gateway says that it is too large. Far below server.max_body_bytes."""
 MESSAGE_IMAGES = 256
-"""Most images in one request. Far below server.max_batch."""
+"""Most images in one request, unless the gateway says that they are too many (server.max_batch)."""
 _LABELS = "/v1/soft-labels"
 _CONNECT_TIMEOUT_S = 5.0
 
@@ -71,6 +71,7 @@ class RestTeacher(PatientTeacher):
         self.patience = patience or Patience(retry or RetryPolicy(), timeout_s)
         self._slots = asyncio.Semaphore(max_in_flight)
         self._message_bytes = MESSAGE_BYTES
+        self._message_images = MESSAGE_IMAGES
         if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip()):
             raise RequestRefused("the API key is empty or holds characters that no HTTP header can carry")
         try:
@@ -108,19 +109,25 @@ class RestTeacher(PatientTeacher):
         params = _params({"return": "probs", "temperature": temperature, "top_k": top_k, "crop": crop})
 
         async def ask_all() -> list[list[FileResult]]:
-            info = await self.info()
-            if fingerprint is not None and fingerprint != info.fingerprint:
-                raise TeacherChanged(f"{self.whom} serves {info.fingerprint[:12]}, not {fingerprint[:12]} any more")
-            parts = parts_of([len(file) for file in readable], self._message_bytes, MESSAGE_IMAGES)
+            info = await self.known(fingerprint)
+            parts = parts_of([len(file) for file in readable], self._message_bytes, self._message_images)
             try:
                 return await all_or_none([self._ask_files([readable[i] for i in part], params, info) for part in parts])
+            except RequestRefused as refusal:
+                await self.look_again(info, refusal)
+                raise
             except TeacherUnavailable:
                 if self._info is info:
                     self._info = None  # as CheckedTeacher does: whoever comes back says anew who it is
                 raise
 
-        answers = iter([result for part in await self._of_one_teacher(ask_all, fingerprint) for result in part])
+        answers = iter([result for part in await self.of_one_teacher(ask_all, fingerprint) for result in part])
         return [next(answers) if isinstance(file, bytes) else file for file in read]
+
+    async def look_again(self, info: TeacherInfo, refusal: RequestRefused) -> None:
+        """See PatientTeacher. A wrong key or a body that is too large says nothing of the teacher."""
+        if not isinstance(refusal, RestRefused) or refusal.status == 422:
+            await super().look_again(info, refusal)
 
     async def close(self) -> None:
         """See TeacherBackend."""
@@ -153,7 +160,7 @@ class RestTeacher(PatientTeacher):
         return tensors
 
     async def _in_messages(self, crops_BHWC: Crops, kind: Kind, temperature: float | None, info: TeacherInfo) -> Floats:
-        size = min(MESSAGE_IMAGES, max(1, self._message_bytes // crops_BHWC[0].nbytes))
+        size = min(self._message_images, max(1, self._message_bytes // crops_BHWC[0].nbytes))
         messages = np.array_split(crops_BHWC, -(-len(crops_BHWC) // size))
         params = _params({"return": kind, "temperature": temperature})
         parts = await all_or_none([self._ask_crops(crops, params, info) for crops in messages])
@@ -166,8 +173,7 @@ class RestTeacher(PatientTeacher):
         except RestRefused as error:
             if error.status != 413 or len(crops_BHWC) == 1:
                 raise
-            # This gateway, or a proxy before it, takes less than we thought: two smaller requests, and smaller ones from now on.
-            self._message_bytes = max(1, min(self._message_bytes, crops_BHWC.nbytes // 2))
+            self._send_less(error, len(crops_BHWC), crops_BHWC.nbytes)
             return np.concatenate([await self._ask_crops(half, params, info) for half in np.array_split(crops_BHWC, 2)])
         if message.header.errors:
             raise TeacherAnswerError(f"{self.whom} has no label for a crop: {message.header.errors[0].message}")
@@ -179,15 +185,24 @@ class RestTeacher(PatientTeacher):
             message = await self._post(params, len(files), info, files=form)
         except RestRefused as error:
             if len(error.items) == len(files):  # not one usable image: the refusal says what is wrong with each
+                if any(item.code == "wrong_size" for item in error.items):
+                    await self.look_again(info, error)
                 return [FileRefused(item.code, item.message) for item in sorted(error.items, key=lambda item: item.index)]
             if error.status != 413:
                 raise
             if len(files) == 1:
                 return [FileRefused(error.code, str(error))]
-            self._message_bytes = max(1, min(self._message_bytes, sum(map(len, files)) // 2))
+            self._send_less(error, len(files), sum(map(len, files)))
             middle = len(files) // 2
             return [*await self._ask_files(files[:middle], params, info), *await self._ask_files(files[middle:], params, info)]
         return results_of(message)
+
+    def _send_less(self, error: RestRefused, num_images: int, size_bytes: int) -> None:
+        """This gateway, or a proxy before it, takes less than we thought: this request goes as two, and later ones are smaller, too."""
+        if "server.max_batch" in str(error):
+            self._message_images = max(1, min(self._message_images, num_images // 2))
+        else:
+            self._message_bytes = max(1, min(self._message_bytes, size_bytes // 2))
 
     async def _post(self, params: dict[str, str], num_images: int, info: TeacherInfo, **body: Any) -> SoftLabelsMessage:
         """One request for labels, asked again where that can help. Raises TeacherChanged for an answer of another teacher than `info`."""

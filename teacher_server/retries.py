@@ -21,7 +21,7 @@ from typing import TypeVar
 
 from distill.errors import DistillError, RequestRefused, TeacherChanged, TeacherUnavailable
 from distill.teacher_info import TeacherInfo
-from teacher_server.backend import CheckedTeacher, Crops, Floats
+from teacher_server.backend import CheckedTeacher, ClassIds, Crops, Floats
 
 T = TypeVar("T")
 
@@ -160,16 +160,70 @@ class PatientTeacher(CheckedTeacher):
 
     async def ready(self) -> bool:
         """See TeacherBackend. Asks once: whether a label would come out later is another question."""
-        async with self.patience.budget(self.whom, max_attempts=1):
-            return await super().ready()
+        try:
+            async with self.patience.budget(self.whom, max_attempts=1):
+                return await super().ready()
+        except TeacherUnavailable as error:  # the time is over
+            logger.debug("teacher is not ready: %s", error)
+            return False
+
+    async def top_logits(self, crops_BHWC: Crops, *, fingerprint: str | None = None) -> tuple[ClassIds, Floats]:
+        """See TeacherBackend."""
+        plain_top_logits = super().top_logits
+
+        async def question() -> tuple[ClassIds, Floats]:
+            info = await self.known(fingerprint)
+            try:  # of this teacher, also where the caller takes any: another one may give another number of them
+                return await plain_top_logits(crops_BHWC, fingerprint=info.fingerprint)
+            except RequestRefused as refusal:
+                if info.top_outputs is None:
+                    await self.look_again(info, refusal)
+                raise
+
+        return await self.of_one_teacher(question, fingerprint)
 
     async def _ask(
         self, crops_BHWC: Crops, temperature_B1: Floats, names: tuple[str, ...], fingerprint: str | None = None
     ) -> dict[str, Floats]:
         plain_ask = super()._ask
-        return await self._of_one_teacher(lambda: plain_ask(crops_BHWC, temperature_B1, names, fingerprint), fingerprint)
 
-    async def _of_one_teacher(self, call: Callable[[], Awaitable[T]], fingerprint: str | None) -> T:
+        async def question() -> dict[str, Floats]:
+            info = await self.known(fingerprint)
+            try:
+                return await plain_ask(crops_BHWC, temperature_B1, names, fingerprint)
+            except RequestRefused as refusal:
+                await self.look_again(info, refusal)
+                raise
+
+        return await self.of_one_teacher(question, fingerprint)
+
+    async def known(self, fingerprint: str | None) -> TeacherInfo:
+        """`info()`, looked up anew where the caller means another teacher: it may know more than this client remembers.
+
+        Raises:
+            TeacherChanged: the teacher is not the one that is meant.
+        """
+        info = await self.info()
+        if fingerprint is not None and fingerprint != info.fingerprint:
+            self._info = info = await self._load_info()
+            if fingerprint != info.fingerprint:
+                raise TeacherChanged(f"{self.whom} serves {info.fingerprint[:12]} now, not {fingerprint[:12]}")
+        return info
+
+    async def look_again(self, info: TeacherInfo, refusal: RequestRefused) -> None:
+        """After a refusal, by us or by the server: what `info` cannot take, a teacher that has taken its place may.
+
+        Raises:
+            TeacherChanged: another one did.
+        """
+        now = await self._load_info()
+        if now != info:
+            self._info = now
+            raise TeacherChanged(
+                f"{self.whom} serves version {now.version} ({now.fingerprint[:12]}) now, not {info.version} any more ({refusal})"
+            ) from refusal
+
+    async def of_one_teacher(self, call: Callable[[], Awaitable[T]], fingerprint: str | None) -> T:
         """A whole call within one budget. Whoever names no teacher takes the labels of a new one, but all of them: it is asked again."""
         async with self.patience.budget(self.whom):
             for _ in range(_MOST_CHANGES):

@@ -5,9 +5,9 @@ Unit of data: one request about one or more images. The binary bodies, for progr
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import FailFast, Field
 
 from distill.config import Section
 from distill.teacher_info import Preprocessing, TeacherInfo
@@ -36,7 +36,7 @@ class SoftLabelsQuery(Section):
 class ImagesRequest(Section):
     """Several images in one JSON body."""
 
-    images: list[str] = Field(min_length=1)
+    images: Annotated[list[str], FailFast()] = Field(min_length=1)
     """JPEG, PNG or WebP files, each in base64."""
 
 

@@ -5,8 +5,10 @@ Unit of data: one HTTP exchange. Plain ASGI, because Starlette's BaseHTTPMiddlew
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import traceback
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI
 from starlette.datastructures import Headers
@@ -14,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from teacher_server.access import Access
 from teacher_server.problems import Problem
+from teacher_server.settings import ServerSettings
 
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
@@ -104,14 +107,64 @@ class RequireKey:
         await self._app(scope, receive, send)
 
 
+class RequireOwnHost:
+    """Only requests to one of our own names, and from no other site's page: a name of a stranger's that leads to this machine (DNS
+    rebinding), or a form on a page of his, would make a browser here ask for him."""
+
+    def __init__(self, app: ASGIApp, hosts: frozenset[str]) -> None:
+        self._app = app
+        self._hosts = hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass one exchange on, or answer 403."""
+        problem = self._problem(Headers(scope=scope)) if scope["type"] == "http" else None
+        if problem is not None:
+            await problem.answer()(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _problem(self, headers: Headers) -> Problem | None:
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if not self._is_ours(host):
+            message = f"this gateway asks for no key, so it answers only to localhost and its own address, not to Host {host[:100]!r}"
+            return Problem(403, "foreign_host", message + "; for other names use API keys (server.auth=keys)")
+        if origin is not None and origin.lower() not in (f"http://{host.lower()}", f"https://{host.lower()}"):
+            message = f"this gateway asks for no key, so it answers only to its own pages, not to those of {origin[:100]!r}"
+            return Problem(403, "foreign_origin", message)
+        return None
+
+    def _is_ours(self, host: str) -> bool:
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+        except ValueError:
+            return False
+        return name in self._hosts or _is_loopback(name)
+
+
+def own_hosts(settings: ServerSettings) -> frozenset[str] | None:
+    """The names for `RequireOwnHost` besides loopback addresses; None, so any, where keys are asked for or other machines may ask."""
+    if settings.auth == "keys" or not (settings.host == "localhost" or _is_loopback(settings.host)):
+        return None
+    return frozenset({"localhost", settings.host})
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def needs_key(path: str) -> bool:
     """Whether whoever asks for this path has to show a key, where keys are asked for at all."""
     return path.startswith(_KEY_PATHS)
 
 
-def guard(app: FastAPI, access: Access) -> None:
-    """Ask for keys. Added first, so that what is added later counts the refusals too."""
+def guard(app: FastAPI, access: Access, hosts: frozenset[str] | None = None) -> None:
+    """Ask for keys, and for one of `hosts` if there are any. Added first, so that what is added later counts the refusals too."""
     app.add_middleware(RequireKey, access=access)
+    if hosts is not None:
+        app.add_middleware(RequireOwnHost, hosts=hosts)
 
 
 def seal(app: FastAPI, max_body_bytes: int) -> None:

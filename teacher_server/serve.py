@@ -29,6 +29,9 @@ from teacher_server.triton_home import TritonHome, find_triton, triton_home, tri
 _START_TIMEOUT_S = 30.0
 _STOP_TIMEOUT_S = 10
 
+# Its warnings are one line for each malformed request: a stranger could fill the disk with that. The client is told what is wrong.
+logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+
 logger = logging.getLogger(__name__)
 
 
@@ -94,7 +97,7 @@ def _remote(settings: ServerSettings, url: str, name: str) -> ServedTeacher:
         canary_label(url, name)
     except DistillError as error:
         raise ServerStartError(f"the Triton of server.triton.url gives no label: {error}") from error
-    return ServedTeacher("triton", address, lambda: open_teacher(address))
+    return ServedTeacher("triton", address, lambda: _for_gateway(address, settings))
 
 
 @contextmanager
@@ -104,7 +107,12 @@ def _local(settings: ServerSettings, home: TritonHome, repository: Path, name: s
 
     with TritonProcess(home, repository, name, log_dir, start_timeout_s=settings.triton.start_timeout_s) as triton, TritonWatch(triton):
         address = TeacherAddress(model=name, triton_url=triton.url, request_timeout_s=settings.triton.request_timeout_s)
-        yield ServedTeacher("triton", address, lambda: open_teacher(address), log_path=triton.log_path)
+        yield ServedTeacher("triton", address, lambda: _for_gateway(address, settings), log_path=triton.log_path)
+
+
+def _for_gateway(address: TeacherAddress, settings: ServerSettings) -> TeacherBackend:
+    """With as many messages to Triton as images are let through to it: a bound below that keeps its batches of single images small."""
+    return open_teacher(address.replace(max_in_flight=settings.max_images_in_flight))
 
 
 @contextmanager
@@ -156,11 +164,12 @@ class Gateway:
         """Listen and answer. Raises ServerStartError when the address is taken, ConfigError when API keys are wanted and there are none."""
         from teacher_server.access import open_to_strangers
         from teacher_server.gateway import create_app  # brings FastAPI; connecting to a teacher does without
+        from teacher_server.security import own_hosts
 
         warning = open_to_strangers(self._settings)
         if warning:
             logger.warning("%s", warning)
-        app = create_app(self._connect(), self._settings, self._parity)
+        app = create_app(self._connect(), self._settings, self._parity, hosts=own_hosts(self._settings))
         listener = self._listen()
         config = uvicorn.Config(
             app, http=ImpatientProtocol, log_config=None, access_log=False, timeout_graceful_shutdown=_STOP_TIMEOUT_S, lifespan="on"

@@ -55,12 +55,13 @@ class ServerSettings(Section):
     port: int = Field(default=8080, ge=0, le=65535)
     """Port of the gateway; 0 takes a free one."""
     auth: Annotated[Literal["keys", "none"], BeforeValidator(_plain_none)] = "keys"
-    """`keys`: whoever asks shows an API key (`distill keys add`). `none` (or `off`): anybody who reaches the port may ask."""
+    """`keys`: whoever asks shows an API key (`distill keys add`). `none` (or `off`): anybody who reaches the port may ask; on loopback only
+    by the names of this machine (Host: localhost, 127.0.0.1, [::1], server.host), and from no other site's page."""
     keys_file: str | None = None
     """File with the hashed API keys and the tenants' quotas. Default: $DISTILL_API_KEYS_FILE. Hashed keys may also stand in
     $DISTILL_API_KEYS."""
     quota: TenantQuota = TenantQuota()
-    """Quota of every tenant for which the file of keys says nothing else, and of everybody together with auth `none`."""
+    """Quota of every tenant, but for what the file of keys says of it; and of everybody together with auth `none`."""
     max_images_in_flight: int = Field(default=256, ge=1)
     """Images that the teacher is asked for at once; more wait in the queue. A few of its batches keep it busy."""
     max_queued_images: int = Field(default=4096, ge=1)
@@ -68,15 +69,16 @@ class ServerSettings(Section):
     max_queued_images_per_tenant: int = Field(default=2048, ge=1)
     """Images of one tenant that wait; over it the answer is 429. Less than max_queued_images, so that no tenant fills the queue alone."""
     max_buffered_bytes: int = Field(default=2**30, ge=1024)
-    """Bytes of all request bodies held at once; over it the answer is 503 with Retry-After."""
+    """Bytes of all request bodies, and of the answers that are being sent, at once; over it the answer is 503 with Retry-After."""
     max_body_bytes: int = Field(default=32 * 2**20, ge=1024)
     """Largest request body, in bytes; over it the answer is 413."""
     max_image_bytes: int = Field(default=16 * 2**20, ge=64)
     """Largest encoded image, in bytes; over it this image is refused."""
     max_image_pixels: int = Field(default=50_000_000, ge=1)
-    """Largest image, in pixels after decoding; over it the answer is 422."""
+    """Largest image, in pixels after decoding; over it the answer is 422. All images that are decoded at once have together no more: at
+    15 bytes a pixel and less, 750 MB by default."""
     max_batch: int = Field(default=1024, ge=1)
-    """Most crops in one request."""
+    """Most images in one request; over it the answer is 413."""
 
     @model_validator(mode="after")
     def _limits_fit_together(self) -> Self:

@@ -36,7 +36,8 @@ _CHANNEL = [
     ("grpc.max_receive_message_length", -1),
     # The default backs off up to two minutes: a teacher that is back must be found at once.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 1000),  # also the time that one attempt may take
+    # No wait, but the time that one attempt may take: a server too busy to shake hands within it would never be reached again.
+    ("grpc.min_reconnect_backoff_ms", 5000),
     ("grpc.max_reconnect_backoff_ms", 2000),
     # Finds out that a remote host vanished. Not more often: Triton hangs up on clients that ping without data.
     ("grpc.keepalive_time_ms", 60_000),

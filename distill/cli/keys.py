@@ -37,7 +37,7 @@ def keys() -> None:
 def add(tenant: str, keys_file: Path | None, entry: bool, **quota: float | None) -> None:
     """Make a key for TENANT and print it: the only time that it can be seen. A tenant may have several."""
     from distill.errors import ConfigError
-    from teacher_server.key_file import KeyFile, new_key, read_keys, write_keys
+    from teacher_server.key_file import KeyFile, changing, new_key, read_keys, write_keys
 
     given = {name: value for name, value in quota.items() if value is not None}
     text, made = new_key(tenant)
@@ -48,9 +48,10 @@ def add(tenant: str, keys_file: Path | None, entry: bool, **quota: float | None)
         click.echo(made.as_text())
         return
     path = _wanted(keys_file)
-    kept = read_keys(path) if path.exists() else KeyFile()
-    tenants = kept.tenants if not given else {**kept.tenants, tenant: _quota(kept.tenants.get(tenant), given)}
-    write_keys(path, kept.replace(keys=(*kept.keys, made), tenants=tenants))
+    with changing(path):
+        kept = read_keys(path) if path.exists() else KeyFile()
+        tenants = kept.tenants if not given else {**kept.tenants, tenant: _quota(kept.tenants.get(tenant), given)}
+        write_keys(path, kept.replace(keys=(*kept.keys, made), tenants=tenants))
     click.echo(text)
     click.echo(f"key {made.id} of tenant {tenant} is in {path}; keep the line above, it is not shown again", err=True)
 
@@ -64,7 +65,10 @@ def list_keys(keys_file: Path | None) -> None:
     kept = read_keys(_wanted(keys_file))
     for entry in kept.keys:
         quota = kept.tenants.get(entry.tenant)
-        limits = ", ".join(f"{name} {value:g}" for name, value in quota if value is not None) if quota else "server.quota"
+        own = quota.model_dump(exclude_unset=True) if quota else {}
+        limits = (
+            ", ".join(f"{name} {'unlimited' if value is None else format(value, 'g')}" for name, value in own.items()) or "server.quota"
+        )
         click.echo(f"{entry.id}  {entry.tenant}  {entry.created or 'no date'}  {limits}")
 
 
@@ -74,16 +78,17 @@ def list_keys(keys_file: Path | None) -> None:
 def revoke(which: str, keys_file: Path | None) -> None:
     """Take away one key by its id, or all keys of a tenant."""
     from distill.errors import ConfigError
-    from teacher_server.key_file import read_keys, write_keys
+    from teacher_server.key_file import changing, read_keys, write_keys
 
     path = _wanted(keys_file)
-    kept = read_keys(path)
-    gone = [entry for entry in kept.keys if entry.id == which] or [entry for entry in kept.keys if entry.tenant == which]
-    if not gone:
-        # An id is no secret, but whoever pastes the whole key here should not find it in a log.
-        shown = "that" if which.startswith("dsk_") else repr(which[:64])
-        raise ConfigError(f"no key in {path} has the id or the tenant {shown}; `distill keys list` shows them")
-    write_keys(path, kept.replace(keys=tuple(entry for entry in kept.keys if entry not in gone)))
+    with changing(path):
+        kept = read_keys(path)
+        gone = [entry for entry in kept.keys if entry.id == which] or [entry for entry in kept.keys if entry.tenant == which]
+        if not gone:
+            # An id is no secret, but whoever pastes the whole key here should not find it in a log.
+            shown = "that" if which.startswith("dsk_") else repr(which[:64])
+            raise ConfigError(f"no key in {path} has the id or the tenant {shown}; `distill keys list` shows them")
+        write_keys(path, kept.replace(keys=tuple(entry for entry in kept.keys if entry not in gone)))
     for entry in gone:
         click.echo(f"key {entry.id} of tenant {entry.tenant} is revoked")
 
@@ -100,4 +105,4 @@ def _quota(before: Any, given: dict[str, float]) -> Any:
     from distill.config import validate
     from teacher_server.settings import TenantQuota
 
-    return validate(TenantQuota, {**(before.model_dump() if before else {}), **given}, origin="quota")
+    return validate(TenantQuota, {**(before.model_dump(exclude_unset=True) if before else {}), **given}, origin="quota")

@@ -18,6 +18,8 @@ from distill.errors import DistillError
 from distill.image_sets import open_labelled, open_unlabelled
 from distill.progress import console, duration
 
+_MOST_TRIED = 5  # test images for the one request that is shown
+
 
 def quickstart(run: Run) -> None:
     """Images to edge students. What is there with the same settings is reused."""
@@ -56,21 +58,32 @@ def _serve_and_train(run: Run) -> None:
 
 
 def show_one_request(run: Run, url: str) -> None:
-    """Send the first test image to the gateway and show question and answer."""
-    record = open_labelled(run.file.data.test, run.file.data).read_shard(0)[0]
-    kind = "jpeg" if record.data[:2] == b"\xff\xd8" else "webp" if record.data[:4] == b"RIFF" else "png"
-    query = {"temperature": "2", "top_k": "3", "names": "true"}
-    try:
-        answer = httpx.post(
-            f"{url}/v1/soft-labels", params=query, content=record.data, headers={"Content-Type": f"image/{kind}"}, timeout=30
-        )
-        answer.raise_for_status()
-    except httpx.HTTPError as error:
-        raise DistillError(f"the gateway at {url} did not answer the first request: {error}") from error
+    """Send the first test image that can be used to the gateway and show question and answer."""
+    for record in open_labelled(run.file.data.test, run.file.data).read_shard(0)[:_MOST_TRIED]:
+        kind = "jpeg" if record.data[:2] == b"\xff\xd8" else "webp" if record.data[:4] == b"RIFF" else "png"
+        answer = _ask(url, record.data, kind)
+        if answer is not None:
+            break
+        console.print(f"  the gateway cannot use {record.image_id}; the next one", markup=False)
+    else:
+        console.print(f"  none of the first {_MOST_TRIED} test images can be used; training counts and lists such images")
+        return
     console.print(
         f"  $ curl --data-binary @{Path(record.image_id).stem}.{kind} -H 'Content-Type: image/{kind}' '{answer.request.url}'", markup=False
     )
     console.print(f"  {answer.text.strip()}", markup=False)
+
+
+def _ask(url: str, image: bytes, kind: str) -> httpx.Response | None:
+    """The answer with a label; None where it is the image that cannot be used."""
+    query = {"temperature": "2", "top_k": "3", "names": "true"}
+    try:
+        answer = httpx.post(f"{url}/v1/soft-labels", params=query, content=image, headers={"Content-Type": f"image/{kind}"}, timeout=30)
+        if answer.status_code in (413, 422):
+            return None
+        return answer.raise_for_status()
+    except httpx.HTTPError as error:
+        raise DistillError(f"the gateway at {url} did not answer the first request: {error}") from error
 
 
 def result_table(gathered: dict[str, Any]) -> Table:

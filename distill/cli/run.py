@@ -167,7 +167,8 @@ class Run:
         Raises:
             ConfigError: the first one's name is so long that this one is too long.
         """
-        renamed = {**plain(self.file.teacher), "name": f"{self.file.teacher.name}-{SELF_DISTILLED}"}
+        given = self.file.teacher.model_dump(mode="json", exclude_unset=True)  # what is left open must stay open: tuning decides it
+        renamed = {**given, "name": f"{self.file.teacher.name}-{SELF_DISTILLED}"}
         return validate(TeacherExportSettings, renamed, origin="the self-distilled teacher")
 
     @cached_property

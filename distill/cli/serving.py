@@ -12,13 +12,10 @@ from distill.progress import console
 
 def serve(run: Run) -> None:
     """Start both, say where they are, stop both."""
-    from teacher_server.access import Access, open_to_strangers
+    from teacher_server.access import Access
     from teacher_server.serve import Gateway
 
     Access(run.file.server)  # a gateway without keys is refused here, not after the teacher has been started
-    warning = open_to_strangers(run.file.server)
-    if warning:
-        console.print(f"  [yellow]warning[/yellow]: {warning}")
     with (
         served_teacher(run) as served,
         Gateway(served.connect, run.file.server, _parity(run)) as gateway,

@@ -13,7 +13,7 @@ export class KeyPanel {
     this._onKey = onKey;
     this._panel.addEventListener('submit', (event) => {
       event.preventDefault();
-      this._use(this._field.value.trim());
+      this._submit(this._field.value.trim());
     });
     document.getElementById('key-forget').addEventListener('click', () => this._use(''));
     this._toggle.addEventListener('click', () => this._show(this._panel.hidden));
@@ -27,6 +27,16 @@ export class KeyPanel {
     this._toggle.hidden = false;
     this._show(true);
     this._announce(`${this._note.textContent} The field for it is at the top of the page.`);
+  }
+
+  /** What no HTTP header can carry is no key: the browser would not even send the question. */
+  _submit(key) {
+    if (/^[\x21-\x7e]*$/.test(key)) {
+      this._use(key);
+      return;
+    }
+    this._note.textContent = 'This is no API key: it holds characters that no key has.';
+    this._announce(this._note.textContent);
   }
 
   _use(key) {

@@ -12,7 +12,7 @@ export class Results {
     this._list = document.getElementById('results');
     this._cards = [];
     this._waiting = [];
-    this._asking = 0;
+    this._asking = new Set();
     this._announce = shared.announce;
     this._page = { ...shared, again: (card) => this._enqueue([card]), remove: (card) => this._remove(card) };
     document.getElementById('clear').addEventListener('click', () => this._removeAll());
@@ -47,15 +47,19 @@ export class Results {
   }
 
   _enqueue(cards) {
-    this._waiting.push(...cards);
-    while (this._asking < MOST_AT_ONCE && this._waiting.length > 0) this._ask(this._waiting.shift());
+    // "Try again" twice, or while a new key makes everything ask again: still one question.
+    this._waiting.push(...cards.filter((card) => !this._waiting.includes(card) && !this._asking.has(card)));
+    while (this._asking.size < MOST_AT_ONCE && this._waiting.length > 0) this._ask(this._waiting.shift());
   }
 
   async _ask(card) {
-    this._asking += 1;
-    await card.ask();
-    this._asking -= 1;
-    this._enqueue([]);
+    this._asking.add(card);
+    try {
+      await card.ask();
+    } finally {
+      this._asking.delete(card);
+      this._enqueue([]);
+    }
   }
 
   _remove(card) {

@@ -219,7 +219,9 @@ def test_a_client_that_trickles_holds_nobody_up(home: TritonHome, tiny_teacher: 
         slow = []
         for _ in range(50):
             connection = socket.create_connection((host, int(port)))
-            connection.sendall(f"POST {LABELS} HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 1000\r\n\r\n1".encode())
+            connection.sendall(
+                f"POST {LABELS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nContent-Length: 1000\r\n\r\n1".encode()
+            )
             slow.append(connection)
         try:
             with Load(service) as load:

@@ -285,6 +285,27 @@ def test_a_corrupt_image_is_named_and_the_other_is_answered(serve: Any, visit: A
     expect(here.page.locator(".result")).to_have_count(1)
 
 
+def test_trying_again_twice_asks_once(serve: Any, visit: Any) -> None:
+    here = visit(serve(FakeTeacher(NUM_CLASSES)))
+    here.add({"name": "broken.png", "mimeType": "image/png", "buffer": b"\x89PNG broken"})
+    again = here.card("broken.png").get_by_role("button", name="Try again")
+    expect(again).to_be_visible()
+    held: list[Route] = []
+    here.page.route("**/v1/soft-labels*", lambda route: route.continue_() if len(held) == 3 else held.append(route))
+    for value in (10, 20, 30):  # as many as are asked at once
+        with here.page.expect_request("**/v1/soft-labels*"):
+            here.add(grey_png(value, f"{value}.png"))
+    again.click()
+    again.click()
+    for route in held:
+        route.continue_()
+    here.add(grey_png(40, "last.png"))
+    for name in ("10.png", "20.png", "30.png", "last.png"):
+        here.labelled(name)
+    expect(again).to_be_visible()
+    assert len([request for request in here.requests if "/v1/soft-labels" in request.url]) == 6
+
+
 def test_images_can_be_pasted(serve: Any, visit: Any) -> None:
     here = visit(serve(FakeTeacher(NUM_CLASSES)))
     here.page.evaluate(
@@ -309,6 +330,10 @@ def test_the_key_is_asked_for_kept_in_the_tab_and_sent_as_bearer(serve: Any, vis
     here.add(grey_png(40, "grey.png"))
     expect(here.card("grey.png").locator(".message")).to_contain_text("wants an API key")
 
+    field.fill("ключ")  # no header can carry it: the browser would not even ask
+    field.press("Enter")
+    expect(page.locator("#key-note")).to_contain_text("characters that no key has")
+    expect(field).to_be_visible()
     field.fill(key[:-1] + ("A" if key[-1] != "A" else "B"))
     field.press("Enter")
     expect(page.locator("#key-note")).to_have_text("The server does not know this key.")

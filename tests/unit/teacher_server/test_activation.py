@@ -48,6 +48,10 @@ class FakeTriton:
         self.running = config or self.disk
         self.steps.append(list(self.running.version_policy.specific.versions))
 
+    def unload(self, model: str) -> None:
+        self.running = None
+        self.steps.append("unload")
+
     def put(self, config: ModelConfig) -> None:
         self.disk = config
         self.steps.append("disk")
@@ -104,6 +108,36 @@ def test_a_version_without_a_label_leaves_disk_and_server_as_they_were(canary: l
     assert activation.described(triton.disk, "").version == 1
 
 
+def test_a_version_with_other_tensors_and_no_label_gives_the_place_back(canary: list[Any]) -> None:
+    triton = FakeTriton(config_of(1))
+    canary.append("fail")
+    with pytest.raises(DistillError, match="no label"):
+        swap(triton, config_of(2, classes=("ant", "bee")))
+    assert triton.steps == [[2], [1]]
+    assert activation.described(triton.disk, "").version == 1
+
+
+def test_where_nothing_was_served_a_version_without_a_label_is_not_either(canary: list[Any]) -> None:
+    triton = FakeTriton(config_of(1), running=False)
+    canary.append("fail")
+    with pytest.raises(DistillError, match="no label"):
+        swap(triton, config_of(2))
+    assert triton.steps == [[2], "unload"]
+    assert triton.running is None
+    assert activation.described(triton.disk, "").version == 1
+
+
+def test_a_disk_that_takes_nothing_gives_the_place_back(canary: list[Any]) -> None:
+    triton = FakeTriton(config_of(1))
+
+    def full() -> None:
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space"):
+        swap_version(triton, config_of(2), full)  # type: ignore[arg-type]
+    assert triton.steps == [[1, 2], [1]]
+
+
 def test_the_same_number_with_another_teacher_is_refused(canary: list[Any]) -> None:
     triton = FakeTriton(config_of(1))
     with pytest.raises(ConfigError, match="version 1 of m is being served as teacher 000000000000, its file is ffffffffffff"):
@@ -125,11 +159,11 @@ def test_the_served_version_is_not_loaded_again_unless_another_was_left_beside_i
 def test_what_cannot_lie_side_by_side_changes_in_one_step(canary: list[Any]) -> None:
     triton = FakeTriton(config_of(1))
     assert swap(triton, config_of(2, classes=("ant", "bee"))) == "swapped"
-    assert triton.steps == ["disk", [2]]
-    assert canary == [2]
+    assert triton.steps == [[2], "disk", [2]]
+    assert canary == [2, 2]
 
 
 def test_a_model_that_is_not_loaded_yet_is_loaded(canary: list[Any]) -> None:
     triton = FakeTriton(config_of(1), running=False)
     assert swap(triton, config_of(2)) == "loaded"
-    assert triton.steps == ["disk", [2]]
+    assert triton.steps == [[2], "disk", [2]]

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distill.errors import RequestRefused, TeacherAnswerError, TeacherUnavailable
+from distill.errors import RequestRefused, TeacherAnswerError, TeacherChanged, TeacherUnavailable
+from distill.teacher_info import Preprocessing
 from teacher_server.async_client import AsyncTeacherClient
 from teacher_server.client import FileLabels, FileRefused, FileResult
 from teacher_server.fake import FakeTeacher, fake_logits
@@ -211,3 +212,29 @@ def test_a_quota_is_waited_for() -> None:
 
     for logits_BK in run(question, teacher, max_attempts=None, quota={"max_concurrent": 1}):
         np.testing.assert_array_equal(logits_BK, fake_logits(CROPS, 10))
+
+
+def test_a_gateway_that_takes_fewer_images_gets_fewer() -> None:
+    teacher = FakeTeacher()
+    np.testing.assert_array_equal(run(lambda client: client.logits(CROPS), teacher, max_batch=3), fake_logits(CROPS, 10))
+    assert max(teacher.calls) <= 3
+    results = run(lambda client: client.soft_labels_of([png(crop) for crop in CROPS]), max_batch=3)
+    assert [type(result) for result in results] == [FileLabels] * 7
+
+
+def test_files_that_are_crops_of_the_teacher_before_are_told_apart_from_wrong_ones() -> None:
+    teacher = FakeTeacher()
+
+    async def question(client: AsyncTeacherClient) -> None:
+        await client.info()
+        teacher._served = teacher._served.replace(version=2, fingerprint="e" * 64, preprocessing=Preprocessing(image_size=12))
+        teacher._info = None
+        with pytest.raises(TeacherChanged):
+            await client.soft_labels_of([png(CROPS[0])], crop="as-is", fingerprint="f" * 64)
+        (wrong,) = await client.soft_labels_of([png(CROPS[0])], crop="as-is")
+        assert isinstance(wrong, FileRefused)
+        assert wrong.code == "wrong_size"
+        (right,) = await client.soft_labels_of([png(np.zeros((12, 12, 3), np.uint8))], crop="as-is")
+        assert isinstance(right, FileLabels)
+
+    run(question, teacher)

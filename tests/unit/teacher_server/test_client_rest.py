@@ -429,6 +429,14 @@ def test_ready_asks_once() -> None:
     asyncio.run(scenario())
 
 
+def test_a_gateway_that_stands_still_is_not_ready() -> None:
+    async def silent(request: httpx.Request) -> httpx.Response:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    assert asyncio.run(teacher_over(silent, timeout_s=0.05).ready()) is False
+
+
 @pytest.mark.parametrize(
     "url",
     [
@@ -513,3 +521,200 @@ def test_json_errors_of_any_shape_are_errors_and_no_crash() -> None:
     for body in ("[]", '{"error": 3}', '{"error": {"code": 1}}', '{"error": {"code": "c", "message": "m", "items": [{}]}}', "\x00"):
         with pytest.raises(RequestRefused, match="403"):
             ask(Script(httpx.Response(403, content=body.encode())))
+
+
+class Renewed(Script):
+    """From `change` on another teacher answers, which takes crops of `size` pixels; the gateway refuses all others."""
+
+    size = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.looks = 0
+
+    def change(self, **changes: Any) -> None:
+        self.info = INFO.replace(version=4, fingerprint="e" * 64, **changes)
+        self.size = self.info.preprocessing.image_size
+
+    async def __call__(self, request: httpx.Request) -> httpx.Response:
+        self.looks += request.method == "GET"
+        if request.method == "GET":
+            return await super().__call__(request)
+        self.requests.append(request)
+        crops = decode_crops(request.content)
+        if crops.shape[1] != self.size:
+            return refusal(422, "refused")
+        temperature = float(request.url.params.get("temperature", 1))
+        values = fake_logits(crops, self.info.num_classes)
+        header = SoftLabelsHeader(
+            model="fake",
+            version=self.info.version,
+            fingerprint=self.info.fingerprint,
+            temperature=temperature,
+            kind=request.url.params["return"],
+            num_images=len(crops),
+            num_classes=self.info.num_classes,
+        )
+        values = softmax(values, temperature) if header.kind == "probs" else values
+        return httpx.Response(200, content=encode_soft_labels(SoftLabelsMessage(header, values)))
+
+
+LARGER = np.random.default_rng(1).integers(0, 256, (3, 12, 12, 3), np.uint8)
+
+
+def test_a_teacher_of_another_crop_size_is_found_out() -> None:
+    async def scenario() -> None:
+        for fingerprint in (None, "e" * 64):  # the labels of any teacher are wanted, or the caller knows of the new one before us
+            script = Renewed()
+            teacher = teacher_over(script)
+            await teacher.logits(CROPS)
+            script.change(preprocessing=Preprocessing(image_size=12))
+            np.testing.assert_array_equal(await teacher.logits(LARGER, fingerprint=fingerprint), fake_logits(LARGER, 5))
+            assert (await teacher.info()).version == 4
+
+        script = Renewed()
+        teacher = teacher_over(script)
+        await teacher.info()
+        script.change(preprocessing=Preprocessing(image_size=12))
+        with pytest.raises(TeacherChanged, match="serves version 4"):
+            await teacher.logits(CROPS, fingerprint="f" * 64)
+        with pytest.raises(RequestRefused, match=r"uint8 \[B,12,12,3\]"):
+            await teacher.logits(CROPS)
+
+        script = Renewed()
+        teacher = teacher_over(script)
+        await teacher.info()
+        script.change(preprocessing=Preprocessing(image_size=12))
+        assert await teacher.ready()
+
+    asyncio.run(scenario())
+
+
+def test_what_the_teacher_really_refuses_is_looked_up_once_and_a_wrong_key_not_at_all() -> None:
+    async def scenario() -> None:
+        script = Renewed()
+        teacher = teacher_over(script)
+        with pytest.raises(RequestRefused, match=r"takes crops of uint8 \[B,8,8,3\]"):
+            await teacher.logits(LARGER)
+        assert (script.looks, len(script.requests)) == (2, 0)
+        for status, looks in ((422, 2), (401, 1), (404, 1)):
+            plain = Script(refusal(status, "no"))
+            seen: list[str] = []
+
+            async def counted(request: httpx.Request, plain: Script = plain, seen: list[str] = seen) -> httpx.Response:
+                seen.append(request.method)
+                return await plain(request)
+
+            with pytest.raises(RequestRefused, match=f"{status} no"):
+                await teacher_over(counted).logits(CROPS)
+            assert seen.count("GET") == looks
+            assert seen.count("POST") == 1
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("before", "after", "top_k"), [("abcde", "abc", 3), ("abcde", "abc", 4), ("abc", "abcde", 4)])
+def test_top_k_counts_the_classes_of_the_teacher_that_answers(before: str, after: str, top_k: int) -> None:
+    async def scenario() -> Any:
+        script = Renewed()
+        script.info = INFO.replace(class_names=tuple(before))
+        async with AsyncTeacherClient(teacher_over(script)) as client:
+            await client.info()
+            script.change(class_names=tuple(after))
+            return await client.soft_labels(CROPS, 1.0, top_k=top_k)
+
+    if top_k > len(after):
+        with pytest.raises(RequestRefused, match="1 to 3"):
+            asyncio.run(scenario())
+    else:
+        assert asyncio.run(scenario()).class_ids_BR.shape == (10, top_k)
+
+
+def test_the_temperature_is_that_of_the_teacher_that_answers() -> None:
+    async def scenario() -> None:
+        script = Renewed()
+        async with AsyncTeacherClient(teacher_over(script)) as client:
+            await client.info()
+            script.change(default_temperature=5.0)
+            np.testing.assert_allclose(await client.soft_labels(CROPS), softmax(fake_logits(CROPS, 5), 5), rtol=1e-6)
+            with pytest.raises(TeacherChanged):
+                await client.soft_labels(CROPS, fingerprint="f" * 64)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("question", ["soft_labels", "top_logits"])
+def test_one_budget_is_for_who_it_is_and_for_what_it_says(question: str) -> None:
+    time = FakeTime()
+    methods: list[str] = []
+
+    async def slow(request: httpx.Request) -> httpx.Response:
+        methods.append(request.method)
+        if methods.count(request.method) == 1:  # the first question of each kind: eight of the ten seconds
+            return refusal(503, "teacher_unavailable", {"Retry-After": "8"})
+        info = INFO.replace(top_outputs=2)
+        return httpx.Response(200, json={"models": [info.model_dump(mode="json")]}) if request.method == "GET" else labels(request)
+
+    async def scenario() -> None:
+        teacher = teacher_over(slow, time, timeout_s=10)
+        async with AsyncTeacherClient(teacher) as client:
+            with pytest.raises(TeacherUnavailable, match="timeout_s is 10, which asks for 8 s"):
+                await (client.soft_labels(CROPS) if question == "soft_labels" else teacher.top_logits(CROPS))
+
+    asyncio.run(scenario())
+    assert methods == ["GET", "GET", "POST"]
+
+
+def too_many(num_images: int) -> httpx.Response:
+    message = f"a request holds 1 to 3 images (server.max_batch), got {num_images}"
+    return httpx.Response(413, json={"error": {"code": "too_large", "message": message}})
+
+
+def test_a_gateway_that_takes_fewer_crops_gets_fewer_from_then_on() -> None:
+    refused: list[int] = []
+
+    async def few(request: httpx.Request) -> httpx.Response:
+        if request.method == "GET":
+            return httpx.Response(200, json={"models": [INFO.model_dump(mode="json")]})
+        num_images = len(decode_crops(request.content))
+        if num_images > 3:
+            refused.append(num_images)
+            return too_many(num_images)
+        return labels(request)
+
+    async def scenario() -> None:
+        teacher = teacher_over(few)
+        for _ in range(2):
+            np.testing.assert_array_equal(await teacher.logits(CROPS), fake_logits(CROPS, 5))
+        assert refused == [10, 5, 5]
+        assert teacher._message_images == 2
+        assert teacher._message_bytes == 4_900_000, "large images were never the matter"
+
+    asyncio.run(scenario())
+
+
+def test_a_gateway_that_takes_fewer_files_gets_fewer_from_then_on() -> None:
+    """However large they are: a limit in bytes, learnt from small files, would not spare small files nor let large ones go together."""
+    sent: list[int] = []
+
+    async def few(request: httpx.Request) -> httpx.Response:
+        if request.method == "GET":
+            return httpx.Response(200, json={"models": [INFO.model_dump(mode="json")]})
+        num_images = request.content.count(b'name="images"')
+        sent.append(num_images)
+        if num_images > 3:
+            return too_many(num_images)
+        fields = {"model": "fake", "version": 3, "fingerprint": "f" * 64, "temperature": 2, "kind": "probs", "num_classes": 5}
+        header = SoftLabelsHeader(**{**fields, "num_images": num_images})
+        values = np.full((num_images, 5), 0.2, np.float32)
+        return httpx.Response(200, content=encode_soft_labels(SoftLabelsMessage(header, values)))
+
+    async def scenario() -> None:
+        teacher = teacher_over(few)
+        assert len(await teacher.soft_labels_of([b"small"] * 10)) == 10
+        assert sorted(sent) == [2, 2, 3, 3, 5, 5, 10]
+        sent.clear()
+        assert len(await teacher.soft_labels_of([b"large" * 1000] * 4)) == 4
+        assert sent == [2, 2]
+
+    asyncio.run(scenario())

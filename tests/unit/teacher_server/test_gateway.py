@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from distill.errors import RequestRefused, TeacherUnavailable
 from distill.wire import CROPS_MEDIA_TYPE, SOFT_LABELS_MEDIA_TYPE, decode_soft_labels, encode_crops
 from teacher_server.fake import FakeTeacher, fake_logits
 from teacher_server.gateway import create_app
+from teacher_server.key_file import new_key
 from teacher_server.settings import ServerSettings, TritonSettings
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
@@ -165,7 +167,8 @@ def test_bad_requests_say_what_is_wrong() -> None:
         (post(json={"images": []}), 422, "refused", "images"),
         (post(json={"pictures": ["x"]}), 422, "refused", "images: Field required"),
         (post(json={"images": ["***"]}), 422, "refused", "none of the 1 images"),
-        (post(json=in_json(*[encoded(PIXELS[0])] * 5)), 422, "refused", "1 to 4 images"),
+        (post(json=in_json(*[encoded(PIXELS[0])] * 5)), 413, "too_large", "1 to 4 images"),
+        (post(content=encode_crops(PIXELS[[0] * 5]), headers={"content-type": CROPS_MEDIA_TYPE}), 413, "too_large", "1 to 4 images"),
         (post(content=b"DCRP", headers={"content-type": CROPS_MEDIA_TYPE}), 422, "refused", "shorter"),
         (post(content=encode_crops(PIXELS[:0]), headers={"content-type": CROPS_MEDIA_TYPE}), 422, "refused", "got 0"),
         (post(content=encode_crops(PIXELS[:, :4]), headers={"content-type": CROPS_MEDIA_TYPE}), 422, "refused", "[B,8,8,3]"),
@@ -313,7 +316,7 @@ def test_the_openapi_document_describes_bodies_and_errors() -> None:
     operation = answer.json()["paths"][LABELS]["post"]
     images = {"image/jpeg", "image/png", "image/webp"}
     assert set(operation["requestBody"]["content"]) == images | {CROPS_MEDIA_TYPE, "application/json", "multipart/form-data"}
-    failures = {"401", "404", "406", "408", "413", "415", "422", "429", "500", "502", "503", "504"}
+    failures = {"401", "403", "404", "406", "408", "413", "415", "422", "429", "500", "502", "503", "504"}
     assert set(operation["responses"]) == failures | {"200", "207"}
     for status in failures:
         schema = operation["responses"][status]["content"]["application/json"]["schema"]
@@ -322,10 +325,67 @@ def test_the_openapi_document_describes_bodies_and_errors() -> None:
     for status in ("200", "207"):
         assert set(operation["responses"][status]["content"]) == {"application/json", SOFT_LABELS_MEDIA_TYPE}
     assert {parameter["name"] for parameter in operation["parameters"]} == {"temperature", "top_k", "return", "names", "model", "crop"}
-    assert {"bearer": []} in operation["security"]
-    assert answer.json()["paths"]["/healthz"]["get"]["security"] == []
+    assert not operation.get("security"), "without keys the document asks for none"
+    assert "Needs an API key" not in ask(get("/docs"))[0].text
 
 
 def test_the_gateway_process_has_no_torch() -> None:
     code = "import sys, teacher_server.gateway, teacher_server.serve, teacher_server.triton; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+def test_the_openapi_document_asks_for_keys_where_the_gateway_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISTILL_API_KEYS", new_key("alice")[1].as_text())
+    paths, docs = ask(get("/openapi.json"), get("/docs"), auth="keys")
+    assert {"bearer": []} in paths.json()["paths"][LABELS]["post"]["security"]
+    assert paths.json()["paths"]["/healthz"]["get"]["security"] == []
+    assert "Needs an API key" in docs.text
+
+
+def test_images_of_a_request_without_one_usable_image_are_counted_as_rejected() -> None:
+    *_, metrics = ask(post(json=in_json(b"bad", b"worse")), post(content=b"bad", headers={"content-type": "image/png"}), get("/metrics"))
+    lines = dict(line.rsplit(" ", 1) for line in metrics.text.splitlines() if not line.startswith("#"))
+    assert lines['distill_gateway_images_total{outcome="rejected",tenant="anybody"}'] == "3.0"
+    assert lines["distill_gateway_batch_images_sum"] == "3.0"
+
+
+def test_a_parameter_that_is_there_twice_is_refused() -> None:
+    png = {"content": encoded(PIXELS[0]), "headers": {"content-type": "image/png"}}
+    twice, once = ask(
+        lambda client: client.post(f"{LABELS}?temperature=1&temperature=2", **png),
+        lambda client: client.post(f"{LABELS}?temperature=1", **png),
+    )
+    assert error_of(twice)[:2] == (422, "bad_query")
+    assert "temperature" in error_of(twice)[2]
+    assert once.status_code == 200
+
+
+class RefusingTeacher(FakeTeacher):
+    """Refuses what the gateway has checked, as a Triton does whose calls are restricted."""
+
+    async def _infer(self, *arguments: Any) -> Any:
+        raise RequestRefused("model 'x' at 10.1.2.3:8001 restricts this call to holders of a key")
+
+
+class NoTeacher(FakeTeacher):
+    """Another model than a teacher is served."""
+
+    async def _load_info(self) -> Any:
+        raise RequestRefused("model 'x' at 10.1.2.3:8001 is no teacher of ours")
+
+
+class AwayTeacher(FakeTeacher):
+    """Not there."""
+
+    async def _load_info(self) -> Any:
+        raise TeacherUnavailable("model 'x' at 10.1.2.3:8001 does not answer: ipv4:10.1.2.3:8001")
+
+
+@pytest.mark.parametrize(("teacher", "status"), [(RefusingTeacher, 502), (NoTeacher, 502), (AwayTeacher, 503)])
+def test_what_the_teacher_refuses_is_not_the_clients_fault_and_its_address_is_for_the_log(
+    teacher: type[FakeTeacher], status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    for answer in ask(post_png(), post_png(), teacher=teacher()):
+        assert error_of(answer)[0] == status
+        assert "10.1.2.3" not in answer.text
+    assert caplog.text.count("at 10.1.2.3:8001") == 1, "said, but not for every request"

@@ -21,6 +21,7 @@ from teacher_server.gateway import create_app
 from teacher_server.key_file import KeyFile, new_key, write_keys
 from teacher_server.metrics import GatewayMetrics
 from teacher_server.readiness import Readiness
+from teacher_server.security import own_hosts
 from teacher_server.settings import ServerSettings, TritonSettings
 
 LABELS = "/v1/soft-labels"
@@ -214,3 +215,32 @@ def test_tenants_in_the_metrics_are_bounded() -> None:
     assert len(set(labels)) == 101
     assert labels[0] == metrics.tenant_label("tenant0") == "tenant0"
     assert labels[-1] == "other"
+
+
+def test_without_keys_only_the_names_of_this_machine_and_its_own_pages_are_answered() -> None:
+    async def scenario() -> None:
+        settings = ServerSettings(auth="none", host="127.0.0.7")
+        app = create_app(FakeTeacher(), settings, hosts=own_hosts(settings))
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1:8080") as client:
+
+            async def ask(host: str, origin: str | None = None) -> tuple[int, str]:
+                answer = await client.get("/v1/models", headers={"host": host, **({"origin": origin} if origin else {})})
+                assert answer.headers["x-content-type-options"] == "nosniff"
+                return error_of(answer) if answer.status_code != 200 else (200, "")
+
+            for host in ("localhost", "LOCALHOST:8080", "127.0.0.1", "127.0.0.7:8080", "[::1]:8080"):
+                assert await ask(host) == (200, ""), host
+                assert await ask(host, f"http://{host}") == (200, ""), host
+            for host in ("evil.example", "evil.example:8080", "localhost.evil.example", "10.0.0.1", "127.0.0.1.evil.example", "", "["):
+                assert await ask(host) == (403, "foreign_host"), host
+            for origin in ("http://evil.example", "null", "http://localhost:3000", "file://"):
+                assert await ask("localhost:8080", origin) == (403, "foreign_origin"), origin
+
+    run(scenario)
+
+
+def test_with_keys_or_for_other_machines_every_name_is_answered() -> None:
+    assert own_hosts(ServerSettings()) is None
+    assert own_hosts(ServerSettings(auth="none", host="0.0.0.0")) is None
+    for host in ("127.0.0.1", "localhost", "::1"):
+        assert own_hosts(ServerSettings(auth="none", host=host)) is not None

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import io
 import tempfile
+import threading
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 
 from distill.crops import center_crop
 from distill.teacher_info import Preprocessing
 from distill.wire import CROPS_MEDIA_TYPE, SOFT_LABELS_MEDIA_TYPE, decode_soft_labels, encode_crops
 from teacher_server.fake import FakeTeacher, fake_logits
 from teacher_server.gateway import create_app
+from teacher_server.schemas import ImagesRequest
 from teacher_server.settings import ServerSettings
 
 LABELS = "/v1/soft-labels"
@@ -81,7 +85,7 @@ def test_a_form_without_one_usable_file_says_what_is_wrong_with_each() -> None:
 
 
 def test_forms_have_limits_and_hold_files_only() -> None:
-    assert "Maximum number of files is 2" in refusal(post(files=form(*[png(PIXELS[0])] * 3), limits={"max_batch": 2}), 422, "refused")
+    assert "1 to 2 images" in refusal(post(files=form(*[png(PIXELS[0])] * 3), limits={"max_batch": 2}), 413, "too_large")
     # A temperature that nobody reads would give other labels than were meant.
     assert "'temperature'" in refusal(post(files=form(png(PIXELS[0])), data={"temperature": "4"}), 422, "refused")
     assert "multipart" in refusal(post(files=form(png(PIXELS[0])), data={"x": "y" * 5000}), 422, "refused")
@@ -239,3 +243,41 @@ def test_an_answer_that_nobody_takes_is_refused_before_the_body_is_read(accept: 
         yield b""
 
     refusal(post(content=unread(), headers={"content-type": "image/png", "accept": accept}), 406, "not_acceptable")
+
+
+def test_a_long_list_in_json_is_refused_before_it_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def parse(body: bytes) -> None:
+        raise AssertionError("parsed")
+
+    monkeypatch.setattr(ImagesRequest, "model_validate_json", parse)
+    body = b'{"images":[' + b"1," * 300_000 + b"1]}"
+    message = refusal(post(content=body, headers={"content-type": "application/json"}), 413, "too_large")
+    assert "1 to 1024 images" in message
+
+
+def test_one_bad_item_of_a_list_makes_one_error() -> None:
+    with pytest.raises(ValidationError) as caught:
+        ImagesRequest.model_validate_json('{"images": [1, 2, 3]}')
+    assert caught.value.error_count() == 1
+
+
+def test_images_that_are_decoded_at_once_have_together_no_more_pixels_than_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
+    together, under_way = threading.Barrier(2), []
+    peak = 0
+
+    def decode(data: bytes, max_pixels: int) -> Any:
+        nonlocal peak
+        under_way.append(data)
+        peak = max(peak, len(under_way))
+        with contextlib.suppress(threading.BrokenBarrierError):
+            together.wait(0.3)  # breaks, for all that follow, unless two are here at once
+        under_way.pop()
+        return PIXELS[0]
+
+    monkeypatch.setattr("teacher_server.intake.decode_image", decode)
+    monkeypatch.setattr("teacher_server.decoding_pool.os.cpu_count", lambda: 4)
+    assert post(files=form(*[png(PIXELS[0])] * 16), limits={"max_image_pixels": 100}).status_code == 200  # 64 pixels each
+    assert peak == 1
+    together.reset()
+    assert post(files=form(*[png(PIXELS[0])] * 16), limits={"max_image_pixels": 1000}).status_code == 200
+    assert peak > 1

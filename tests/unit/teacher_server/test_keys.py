@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
 import stat
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
 
+from distill.cli.keys import keys
 from distill.cli.main import run_command
 from distill.cli.run_file import read_run_file
 from distill.errors import ConfigError
@@ -247,3 +250,78 @@ def test_a_write_that_fails_leaves_the_old_file(path: Path, monkeypatch: pytest.
         write_keys(path, KeyFile())
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_changed_file_keeps_its_owner_and_mode(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_keys(path, KeyFile())
+    path.chmod(0o640)
+    owners: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "fchown", lambda number, owner, group: owners.append((owner, group)))
+    write_keys(path, KeyFile(keys=(new_key("alice")[1],)))
+    found = path.stat()
+    assert stat.S_IMODE(found.st_mode) == 0o640, "a gateway in the group can still read it"
+    assert owners == [(found.st_uid, -1), (-1, found.st_gid)]
+
+    def forbidden(number: int, owner: int, group: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "fchown", forbidden)
+    write_keys(path, KeyFile())
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def test_a_file_that_could_not_be_read_is_read_again(path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+    (key, entry), (_, other) = new_key("alice"), new_key("bob")
+    write_keys(path, KeyFile(keys=(entry, other)))
+    access = Access(ServerSettings(keys_file=str(path)), {}, clock)
+    write_keys(path, KeyFile(keys=(other,)))
+
+    def unreadable(path: Path) -> KeyFile:
+        raise ConfigError(f"file of keys {path} cannot be read: Permission denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("teacher_server.access.read_keys", unreadable)
+        for now in (1.0, 2.0, 3.0):
+            clock.now = now
+            assert tenant_of(access, key) == "alice"
+    assert caplog.text.count("Permission denied") == 1, "said once, not every second"
+    clock.now = 4.0
+    assert tenant_of(access, key) is None, "revoked as soon as the file can be read, also if nobody touches it"
+
+
+def test_a_quota_in_the_file_is_laid_over_that_of_the_server(cli, path: Path) -> None:
+    key = cli("add", "alice", "--weight", "3")[0].strip()
+    assert yaml.safe_load(path.read_text())["tenants"] == {"alice": {"weight": 3.0}}
+    access = Access(ServerSettings(keys_file=str(path), quota=TenantQuota(images_per_s=7, max_concurrent=2)), {})
+    assert access.tenant(bearer(key)).quota == TenantQuota(images_per_s=7, max_concurrent=2, weight=3)
+    cli("add", "alice", "--max-concurrent", "128")  # the default, but said
+    assert yaml.safe_load(path.read_text())["tenants"] == {"alice": {"weight": 3.0, "max_concurrent": 128}}
+    assert "max_concurrent 128, weight 3" in cli("list")[0]
+
+
+def test_two_keys_that_are_made_at_once_are_both_kept(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_keys(path, KeyFile())
+    both_have_read = threading.Barrier(2)
+
+    def slow_read(path: Path) -> KeyFile:
+        found = read_keys(path)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both_have_read.wait(0.5)
+        return found
+
+    monkeypatch.setattr("teacher_server.key_file.read_keys", slow_read)
+    words = [["add", tenant, "--keys-file", str(path)] for tenant in ("alice", "bob")]
+    threads = [threading.Thread(target=keys.main, args=(line,), kwargs={"standalone_mode": False}) for line in words]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert sorted(entry.tenant for entry in read_keys(path).keys) == ["alice", "bob"]
+
+
+@pytest.mark.parametrize("name", ["quickstart", "cifar10", "fashion"])
+def test_recipes_that_are_for_one_machine_need_no_keys(name: str) -> None:
+    settings = read_run_file(Path(__file__).parents[3] / "recipes" / f"{name}.yaml", []).server
+    assert settings.auth == "none"
+    assert open_to_strangers(settings) is None

@@ -19,7 +19,8 @@ from PIL import Image
 from distill.errors import ConfigError, TeacherAnswerError
 from distill.wire import CROPS_MEDIA_TYPE, encode_crops
 from teacher_server import decoding_pool
-from teacher_server.access import Access
+from teacher_server.access import ANYBODY, Access
+from teacher_server.fair_queue import FairQueue, QueueFull
 from teacher_server.fake import FakeTeacher
 from teacher_server.gateway import create_app
 from teacher_server.key_file import KeyFile, new_key, write_keys
@@ -307,7 +308,9 @@ def test_tenants_of_weight_3_and_1_share_the_teacher_3_to_1(keys: Any) -> None:
     run(scenario)
 
 
-async def raw_request(app: Any, body: list[bytes], gone: asyncio.Event, path: str = LABELS, media_type: bytes = b"image/png") -> list[Any]:
+async def raw_request(
+    app: Any, body: list[bytes], gone: asyncio.Event, path: str = LABELS, media_type: bytes = b"image/png", send: Any = None
+) -> list[Any]:
     """One request by hand: the chunks of `body`, then the client hangs up when `gone` is set. Gives what was sent."""
     chunks = [{"type": "http.request", "body": chunk, "more_body": i < len(body) - 1} for i, chunk in enumerate(body)]
     sent: list[Any] = []
@@ -318,11 +321,11 @@ async def raw_request(app: Any, body: list[bytes], gone: asyncio.Event, path: st
         await gone.wait()
         return {"type": "http.disconnect"}
 
-    async def send(message: Any) -> None:
+    async def kept(message: Any) -> None:
         sent.append(message)
 
     scope = {"type": "http", "method": "POST", "path": path, "headers": [(b"content-type", media_type)], "query_string": b""}
-    await app(scope, receive, send)
+    await app(scope, receive, send or kept)
     return sent
 
 
@@ -459,7 +462,7 @@ def test_one_image_is_decoded_in_the_midst_of_a_large_batch_of_another_tenant() 
         order.append(item)
 
     async def scenario() -> None:
-        pool = decoding_pool.DecodingPool()
+        pool = decoding_pool.DecodingPool(10**6)
         many, one = (TenantUsage(name, TenantQuota()) for name in ("many", "one"))
         batch = asyncio.create_task(pool.map(many, work, ["many"] * 400))
         for _ in range(300):
@@ -473,3 +476,143 @@ def test_one_image_is_decoded_in_the_midst_of_a_large_batch_of_another_tenant() 
     run(scenario)
     assert len(order) == 401
     assert order.index("one") < 200, "behind what has begun, not behind the whole batch"
+
+
+def test_one_image_is_decoded_in_the_midst_of_a_large_batch_of_the_same_tenant() -> None:
+    go_on = threading.Event()
+    order: list[str] = []
+
+    def work(position: int, item: str) -> None:
+        go_on.wait(20)
+        order.append(item)
+
+    async def scenario() -> None:
+        pool = decoding_pool.DecodingPool(10**6)
+        tenant = TenantUsage("one", TenantQuota())
+        batch = asyncio.create_task(pool.map(tenant, work, ["many"] * 400))
+        for _ in range(300):
+            await asyncio.sleep(0)
+        single = asyncio.create_task(pool.map(tenant, work, ["one"]))
+        await asyncio.sleep(0)
+        go_on.set()
+        await asyncio.gather(batch, single)
+        pool.close()
+
+    run(scenario)
+    assert len(order) == 401
+    assert order.index("one") < 200
+
+
+def test_results_of_many_chunks_are_in_order() -> None:
+    async def scenario() -> list[tuple[int, int]]:
+        pool = decoding_pool.DecodingPool(10**6)
+        try:
+            return await pool.map(TenantUsage("one", TenantQuota()), lambda position, item: (position, item), list(range(1001)))
+        finally:
+            pool.close()
+
+    assert run(scenario) == [(number, number) for number in range(1001)]
+
+
+def test_answers_do_not_wait_for_threads_that_decode() -> None:
+    go_on = threading.Event()
+
+    async def scenario() -> None:
+        pool = decoding_pool.DecodingPool(10**6)
+        stuck = asyncio.create_task(pool.map(TenantUsage("one", TenantQuota()), lambda position, item: go_on.wait(20), [0] * 400))
+        for _ in range(300):
+            await asyncio.sleep(0)
+        assert await pool.run(lambda: 7) == 7
+        assert not stuck.done()
+        go_on.set()
+        await stuck
+        pool.close()
+
+    run(scenario)
+
+
+def test_a_request_is_under_way_until_its_answer_is_sent() -> None:
+    async def scenario() -> None:
+        app = create_app(FakeTeacher(), ServerSettings(auth="none", quota=TenantQuota(max_concurrent=1), max_buffered_bytes=1024))
+        taking, takes = asyncio.Event(), asyncio.Event()
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.body":
+                taking.set()
+                await takes.wait()
+
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
+            for end in ("taken", "cancelled"):
+                taking.clear()
+                takes.clear()
+                request = asyncio.create_task(raw_request(app, [png(PIXELS[0])], asyncio.Event(), send=send))
+                await taking.wait()
+                assert error_of(await client.post(LABELS, **CROPS)) == (429, "too_many_at_once"), end
+                takes.set() if end == "taken" else request.cancel()
+                await asyncio.gather(request, return_exceptions=True)
+                assert (await client.post(LABELS, **CROPS)).status_code == 200, end
+
+    run(scenario)
+
+
+def test_answers_that_are_being_sent_count_as_memory() -> None:
+    async def scenario() -> None:
+        app = create_app(FakeTeacher(num_classes=1000), ServerSettings(auth="none", max_buffered_bytes=4096))
+        taking, takes = asyncio.Event(), asyncio.Event()
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.body":
+                taking.set()
+                await takes.wait()
+
+        request = asyncio.create_task(raw_request(app, [png(PIXELS[0])], asyncio.Event(), send=send))
+        await taking.wait()
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
+            assert error_of(await client.post(LABELS, **CROPS)) == (503, "overloaded")
+            takes.set()
+            await request
+            assert (await client.post(LABELS, **CROPS)).status_code == 200
+
+    run(scenario)
+
+
+def test_images_without_a_label_are_given_back_unless_that_was_the_clients_doing(monkeypatch: pytest.MonkeyPatch) -> None:
+    quota = TenantQuota(images_per_s=0.001, burst_s=4000)  # 4 images, once
+
+    async def statuses(teacher: FakeTeacher, *bodies: dict[str, Any], **settings: Any) -> list[int]:
+        async with gateway(teacher, quota=quota, **settings) as client:
+            return [(await client.post(LABELS, **body)).status_code for body in bodies]
+
+    class Spoilt(FakeTeacher):
+        async def _infer(self, *arguments: Any) -> Any:
+            if self.calls:
+                return await super()._infer(*arguments)
+            self.calls.append(0)
+            raise TeacherAnswerError("spoilt")
+
+    class Slow(FakeTeacher):
+        async def _infer(self, *arguments: Any) -> Any:
+            if not self.calls:
+                self.calls.append(0)
+                await asyncio.Event().wait()
+            return await super()._infer(*arguments)
+
+    too_small = {"content": encode_crops(PIXELS[:, :4]), "headers": {"content-type": CROPS_MEDIA_TYPE}}
+
+    async def scenario() -> None:
+        assert await statuses(FakeTeacher(unavailable_calls=1), CROPS, CROPS, CROPS) == [503, 200, 429]
+        assert await statuses(Spoilt(), CROPS, CROPS, CROPS) == [502, 200, 429]
+        assert await statuses(Slow(), CROPS, CROPS, CROPS, triton=TritonSettings(request_timeout_s=0.2)) == [504, 200, 429]
+        assert await statuses(FakeTeacher(), too_small, CROPS) == [422, 429]
+        plain, full = FairQueue.turn, [True]
+
+        def turn(self: FairQueue, tenant: str, weight: float, num_images: int) -> Any:
+            if full and tenant == ANYBODY:
+                full.clear()
+                raise QueueFull("full by now", 1.0)
+            return plain(self, tenant, weight, num_images)
+
+        monkeypatch.setattr(FairQueue, "turn", turn)
+        assert await statuses(FakeTeacher(), CROPS, CROPS, CROPS) == [429, 200, 429]
+
+    run(scenario)

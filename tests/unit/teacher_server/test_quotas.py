@@ -99,3 +99,13 @@ def test_nobody_gets_more_than_the_rate_and_who_comes_back_when_told_is_served(
             assert bucket.take(cost) == 0
         taken, largest = taken + cost, max(largest, cost)
         assert taken <= bucket.burst + rate * (clock.now - started) * (1 + 1e-6) + largest
+
+
+def test_what_is_given_back_can_be_used_again_but_nothing_beyond_the_burst() -> None:
+    usage = TenantUsage("alice", TenantQuota(images_per_s=2, burst_s=3), lambda: 0.0)
+    usage.charge(6)
+    usage.refund(6)
+    usage.refund(6)
+    usage.charge(6)
+    assert refused(usage, 1).code == "too_many_images"
+    TenantUsage("bob", TenantQuota()).refund(3)

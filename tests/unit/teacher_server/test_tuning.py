@@ -11,7 +11,7 @@ import pytest
 
 from distill.errors import DistillError
 from teacher_server import tuning
-from teacher_server.tuning import NUM_ROUNDS, Candidate, Measured, Round, Tuner, candidates, choose
+from teacher_server.tuning import NUM_ROUNDS, Candidate, Measured, Round, Tuner, candidates, choose, needed_s
 
 
 def row(batch: int, copies: int, threads: int, images_per_s: float | None, p99_ms: float | None, num_rounds: int = 1) -> Measured:
@@ -171,6 +171,32 @@ def test_it_ends_in_its_time_and_says_what_was_not_reached(monkeypatch: pytest.M
     assert machine.now <= 30 + 5 + 10
     assert "not reached in the time" in {measured.note for measured in tuner.table()}
     assert choose(tuner.table(), 60_000) is not None
+
+
+@pytest.mark.parametrize(("budget_s", "num_finished"), [(44, 1), (56, 2), (64, 2)])
+def test_a_time_that_ends_within_a_round_decides_by_the_rounds_before(
+    monkeypatch: pytest.MonkeyPatch, budget_s: float, num_finished: int
+) -> None:
+    """The best one comes last in the third round, so it is what that round does not get to."""
+    machine = Machine(monkeypatch)
+    wanted = candidates(2, 64)
+    tuner = machine.tuner(10_000)
+    list(tuner.measure_all(wanted, budget_s))
+    times = Counter(machine.order)
+    assert min(times[candidate] for candidate in wanted) == 1, "the first round was finished"
+    chosen = choose(tuner.table(), 10_000)
+    assert chosen is not None
+    assert chosen.candidate == (64, 2, 1)
+    assert max(measured.num_rounds for measured in tuner.table()) == num_finished
+    assert max(times.values()) == num_finished + 1, "there was a round that was not finished"
+
+
+def test_how_long_it_would_have_taken() -> None:
+    table = [row(8, 1, 2, 100, 10), row(16, 1, 2, 100, 10), row(32, 1, 2, None, None, num_rounds=0)]
+    assert needed_s(table, 60, 24) is None
+    table[2] = table[2].replace(note=tuning.NOT_REACHED)
+    assert needed_s(table, 60, 24) == 1.75 * 24 * 30
+    assert needed_s(table[2:], 60, 24) == 1.75 * 24 * 60
 
 
 def test_a_candidate_that_does_not_load_is_noted_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
