@@ -304,7 +304,7 @@ class TestTuning:
             tuned_settings(TeacherExportSettings(), tmp_path, self.MEASURED)
 
     def test_what_triton_is_told_for_a_candidate(self) -> None:
-        base = RepositorySettings(max_batch_size=64, queue_timeout_us=5)
+        base = RepositorySettings(max_batch_size=64, queue_timeout_us=5, max_queue_delay_us=2000)
         told = settings_for(Candidate(16, 2, 4), base, max_p99_ms=20, images_per_s=1e6)
         assert (told.preferred_batch_sizes, told.instance_count, told.intra_op_threads, told.warmup_batch_sizes) == ((16,), 2, 4, (1, 16))
         assert told.max_queue_delay_us == 1000, "a twentieth of the limit"
