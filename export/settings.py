@@ -47,8 +47,8 @@ class RepositorySettings(Section):
     preferred_batch_sizes: tuple[int, ...] = (32, 64, 128, 256)
     """Batch sizes that the dynamic batcher sends on at once; those above `max_batch_size` are left out."""
     max_queue_delay_us: int = Field(default=0, ge=0)
-    """How long the dynamic batcher waits for a preferred batch, in microseconds. With 0 batches form of what comes while the teacher is busy,
-    and a lone request waits for nobody."""
+    """How long the dynamic batcher waits for a preferred batch, in microseconds. With 0 a batch forms of what came while the teacher was
+    busy, and a lone request waits for nobody."""
     max_queue_size: int = Field(default=512, ge=1)
     """With two or more instances: requests that may wait in Triton; one more is refused at once. With one, a bound costs Triton most of its
     speed (bench/serving), so only those of the gateway and of the clients hold."""

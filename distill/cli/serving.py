@@ -21,7 +21,7 @@ def serve(run: Run) -> None:
         Gateway(served.connect, run.file.server, _parity(run)) as gateway,
         announced(run.folder, this_service(served, run.repository, gateway.url)),
     ):
-        console.print(f"  REST at {gateway.url}/v1/soft-labels, documentation at {gateway.url}/docs; Ctrl-C stops")
+        console.print(f"  page at {gateway.url}/, REST at {gateway.url}/v1/soft-labels, documentation at {gateway.url}/docs; Ctrl-C stops")
         gateway.serve_until_stopped()
     console.print("stopped")
 
