@@ -75,7 +75,7 @@ def test_a_head_without_an_end_is_refused(gateway: Gateway, monkeypatch: pytest.
         with contextlib.suppress(ConnectionError):  # it hangs up while we go on
             for _ in range(1000):
                 client.sendall(b"x" * 4096)
-            pytest.fail("4 MB of a head were taken")
+            assert client.recv(1000)[:12] in (b"", b"HTTP/1.1 431")  # the buffers between may hold all of it; a timeout: it is taken
 
 
 def test_many_small_requests_on_one_connection_are_no_long_head(gateway: Gateway) -> None:
@@ -110,7 +110,7 @@ def test_trailers_without_an_end_are_refused(gateway: Gateway, monkeypatch: pyte
         with contextlib.suppress(ConnectionError):
             for _ in range(1000):
                 client.sendall(b"x" * 4096)
-            pytest.fail("4 MB of trailers were taken")
+            assert client.recv(1000)[:12] in (b"", b"HTTP/1.1 431")  # the buffers between may hold all of it; a timeout: it is taken
 
 
 @pytest.mark.parametrize("status", [b"400", b"431"])
