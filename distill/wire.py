@@ -33,6 +33,7 @@ SOFT_LABELS = "soft_labels"
 TOP_IDS = "top_ids"
 TOP_LOGITS = "top_logits"
 
+LABELS_PATH = "/v1/soft-labels"
 CROPS_MEDIA_TYPE = "application/x-distill-crops"
 SOFT_LABELS_MEDIA_TYPE = "application/x-distill-soft-labels"
 WIRE_VERSION = 1

@@ -169,15 +169,6 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_card(folder: Path) -> EngineCard | None:
-    """The card of the engine in a version's folder; None where the engine is not there, or not the one that the card is of."""
-    card_file, plan = folder / CARD_FILE, folder / PLAN_FILE
-    if not card_file.is_file() or not plan.is_file():
-        return None
-    card = EngineCard.model_validate_json(card_file.read_text(encoding="utf-8"))
-    return card if card.plan_sha256 == sha256_of(plan) else None
-
-
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m export.tensorrt", description=(__doc__ or "").splitlines()[0])

@@ -22,7 +22,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from distill import __version__
 from distill.errors import TeacherChanged
 from distill.teacher_info import TeacherInfo
-from distill.wire import SOFT_LABELS_MEDIA_TYPE
+from distill.wire import LABELS_PATH, SOFT_LABELS_MEDIA_TYPE
 from teacher_server.accept import JSON_MEDIA_TYPE, wants_binary
 from teacher_server.access import Access
 from teacher_server.answers import ask_teacher, binary_body, check_query, json_body, make_message
@@ -35,7 +35,7 @@ from teacher_server.failures import answer_failures
 from teacher_server.fair_queue import FairQueue
 from teacher_server.held_response import HeldResponse
 from teacher_server.intake import Intake, NothingUsable, Submission, make_crops, receive
-from teacher_server.live_stats import LiveStats, StatsAnswer, watch_requests
+from teacher_server.live_stats import LiveStats, StatsAnswer
 from teacher_server.metrics import GatewayMetrics, count_requests
 from teacher_server.openapi import LABELS_BODY, LABELS_RESPONSES, document, errors
 from teacher_server.page import add_page
@@ -96,8 +96,7 @@ def create_app(
     add_docs(app)
     add_page(app)
     guard(app, access or Access(settings), hosts)
-    count_requests(app, service.metrics)
-    watch_requests(app, service.live, "/v1/soft-labels")
+    count_requests(app, service.metrics, service.live, LABELS_PATH)
     seal(app, settings.max_body_bytes)
     return app
 
@@ -203,7 +202,7 @@ class _Service:
 
 
 def _add_labels(app: FastAPI, service: _Service) -> None:
-    @app.post("/v1/soft-labels", response_model=SoftLabelsAnswer, responses=LABELS_RESPONSES, openapi_extra=LABELS_BODY)
+    @app.post(LABELS_PATH, response_model=SoftLabelsAnswer, responses=LABELS_RESPONSES, openapi_extra=LABELS_BODY)
     async def soft_labels(request: Request, query: Annotated[SoftLabelsQuery, Query()]) -> Response:
         """Soft labels of one image (the file as the body), of several (a form with files, or JSON), or of ready crops (binary).
 

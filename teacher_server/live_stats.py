@@ -1,6 +1,6 @@
 """How the gateway is doing now: the last 60 seconds, second by second, for the page at `/` and for `GET /v1/stats`.
 
-Flow: a request for soft labels starts and ends (`WatchRequests`), images are labelled -> counts of that second -> `report`.
+Flow: a request for soft labels starts and ends (`CountRequests`), images are labelled -> counts of that second -> `report`.
 Unit of data: one second. Memory is bounded: 60 seconds, each with a histogram of at most 146 latencies. Prometheus (metrics.py) keeps the
 history; this answers "what is going on" without one. Everything here runs in the gateway's one event loop.
 """
@@ -13,9 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from fastapi import FastAPI
 from pydantic import Field
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from distill.config import Section
 
@@ -163,40 +161,6 @@ class LiveStats:
         # A second that has just begun takes over no queue but the one there is.
         now.peak_queued = queued if now is not last else max(now.peak_queued, queued)
         return now
-
-
-class WatchRequests:
-    """ASGI middleware: the requests to one path are counted, whatever becomes of them."""
-
-    def __init__(self, app: ASGIApp, stats: LiveStats, path: str) -> None:
-        self._app = app
-        self._stats = stats
-        self._path = path
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on; note when it came, when it ended and how."""
-        if scope["type"] != "http" or scope["path"] != self._path:
-            await self._app(scope, receive, send)
-            return
-        status = 500
-        started = time.perf_counter()
-
-        async def watch(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        self._stats.begin()
-        try:
-            await self._app(scope, receive, watch)
-        finally:
-            self._stats.end(status, time.perf_counter() - started)
-
-
-def watch_requests(app: FastAPI, stats: LiveStats, path: str) -> None:
-    """Put the watching around an app."""
-    app.add_middleware(WatchRequests, stats=stats, path=path)
 
 
 def _series(seconds: Iterable[_Second]) -> Series:

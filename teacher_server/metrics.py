@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from teacher_server.fair_queue import FairQueue
+from teacher_server.live_stats import LiveStats
 
 _LATENCY_BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -66,11 +67,16 @@ class GatewayMetrics:
 
 
 class CountRequests:
-    """ASGI middleware around the whole app; plain ASGI because Starlette's BaseHTTPMiddleware hides a client's disconnect."""
+    """ASGI middleware around the whole app; plain ASGI because Starlette's BaseHTTPMiddleware hides a client's disconnect.
 
-    def __init__(self, app: ASGIApp, metrics: GatewayMetrics) -> None:
+    Requests to `live_path` are also those that the page shows the last minute of.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: GatewayMetrics, live: LiveStats, live_path: str) -> None:
         self._app = app
         self._metrics = metrics
+        self._live = live
+        self._live_path = live_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Count one request, whatever becomes of it."""
@@ -79,6 +85,7 @@ class CountRequests:
             return
         status = 500
         started = time.perf_counter()
+        live = self._live if scope["path"] == self._live_path else None
 
         async def watch(message: Message) -> None:
             nonlocal status
@@ -87,15 +94,20 @@ class CountRequests:
             await send(message)
 
         self._metrics.in_flight.inc()
+        if live is not None:
+            live.begin()
         try:
             await self._app(scope, receive, watch)
         finally:
+            took_s = time.perf_counter() - started
             self._metrics.in_flight.dec()
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.requests.labels(route, str(status)).inc()
-            self._metrics.latency.labels(route).observe(time.perf_counter() - started)
+            self._metrics.latency.labels(route).observe(took_s)
+            if live is not None:
+                live.end(status, took_s)
 
 
-def count_requests(app: FastAPI, metrics: GatewayMetrics) -> None:
+def count_requests(app: FastAPI, metrics: GatewayMetrics, live: LiveStats, live_path: str) -> None:
     """Put the counting around an app."""
-    app.add_middleware(CountRequests, metrics=metrics)
+    app.add_middleware(CountRequests, metrics=metrics, live=live, live_path=live_path)

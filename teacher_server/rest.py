@@ -23,6 +23,7 @@ from distill.errors import RequestRefused, TeacherAnswerError, TeacherChanged, T
 from distill.teacher_info import TeacherInfo
 from distill.wire import (
     CROPS_MEDIA_TYPE,
+    LABELS_PATH,
     LOGITS,
     SOFT_LABELS,
     SOFT_LABELS_MEDIA_TYPE,
@@ -41,7 +42,6 @@ MESSAGE_BYTES = 4_900_000
 """32 crops of 224 pixels: the body of a request, unless the gateway says that it is too large. Far below server.max_body_bytes."""
 MESSAGE_IMAGES = 256
 """Most images in one request, unless the gateway says that they are too many (server.max_batch)."""
-_LABELS = "/v1/soft-labels"
 _CONNECT_TIMEOUT_S = 5.0
 
 
@@ -210,7 +210,7 @@ class RestTeacher(PatientTeacher):
         if self.model is not None:
             params = {**params, "model": self.model}
         async with self._slots:  # also while it waits: a server in trouble is not asked more at once than one in health
-            answer = await self.patience.ask(lambda: self._send("POST", _LABELS, params=params, **body))
+            answer = await self.patience.ask(lambda: self._send("POST", LABELS_PATH, params=params, **body))
         message = decode_soft_labels(answer.content)
         header = message.header
         if (header.fingerprint, header.version) != (info.fingerprint, info.version):

@@ -187,6 +187,14 @@ def triton_installed() -> TritonHome | None:
 
 
 @pytest.fixture(scope="session")
+def home(triton_installed: TritonHome | None) -> TritonHome:
+    """The real Triton, for tests that are about it: skipped only where it cannot run at all."""
+    if triton_installed is None:
+        pytest.skip(str(triton_supported()))
+    return triton_installed
+
+
+@pytest.fixture(scope="session")
 def backend(triton_installed: TritonHome | None) -> str:
     """The override for the teacher's back end: the real Triton wherever it can run, and never silently anything else."""
     return "server.backend=triton" if triton_installed else "server.backend=embedded"

@@ -28,20 +28,13 @@ from teacher_server.embedded import EmbeddedTeacher
 from teacher_server.serve import Gateway
 from teacher_server.settings import ServerSettings
 from teacher_server.shared_memory import PREFIX, SHM_DIR
-from teacher_server.triton_home import TritonHome, triton_supported
+from teacher_server.triton_home import TritonHome
 from teacher_server.triton_process import TritonProcess
 
 pytestmark = pytest.mark.integration
 
 CROPS = np.random.default_rng(0).integers(0, 256, (100, 8, 8, 3), np.uint8)
 TEMPERATURE = 3.3
-
-
-@pytest.fixture(scope="module")
-def home(triton_installed: TritonHome | None) -> TritonHome:
-    if triton_installed is None:
-        pytest.skip(str(triton_supported()))
-    return triton_installed
 
 
 @pytest.fixture(scope="module")

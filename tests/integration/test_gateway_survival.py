@@ -30,7 +30,7 @@ from distill.wire import CROPS_MEDIA_TYPE, SOFT_LABELS_MEDIA_TYPE, decode_soft_l
 from teacher_server.address import TeacherAddress, open_teacher
 from teacher_server.serve import Gateway
 from teacher_server.settings import ServerSettings, TritonSettings
-from teacher_server.triton_home import TritonHome, triton_supported
+from teacher_server.triton_home import TritonHome
 from teacher_server.triton_process import TritonProcess
 from teacher_server.triton_watch import TritonWatch
 
@@ -39,13 +39,6 @@ pytestmark = pytest.mark.integration
 CROPS = np.random.default_rng(1).integers(1, 256, (64, 8, 8, 3), np.uint8)
 LABELS = "/v1/soft-labels"
 BINARY = {"Content-Type": CROPS_MEDIA_TYPE, "Accept": SOFT_LABELS_MEDIA_TYPE}
-
-
-@pytest.fixture(scope="module")
-def home(triton_installed: TritonHome | None) -> TritonHome:
-    if triton_installed is None:
-        pytest.skip(str(triton_supported()))
-    return triton_installed
 
 
 @dataclass

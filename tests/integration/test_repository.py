@@ -29,7 +29,7 @@ from export.settings import RepositorySettings, TeacherExportSettings
 from export.top_outputs import add_top_outputs
 from teacher_server.settings import ServerSettings, TritonSettings
 from teacher_server.triton import TritonTeacher
-from teacher_server.triton_home import TritonHome, triton_supported
+from teacher_server.triton_home import TritonHome
 from teacher_server.triton_process import TritonProcess, canary_label
 
 pytestmark = pytest.mark.integration
@@ -37,13 +37,6 @@ pytestmark = pytest.mark.integration
 CROPS = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8)
 SETTINGS = RepositorySettings(max_batch_size=16, preferred_batch_sizes=(16,), intra_op_threads=1)
 """Batches of 40 travel as 3 messages, so that a batch could be mixed."""
-
-
-@pytest.fixture(scope="module")
-def home(triton_installed: TritonHome | None) -> TritonHome:
-    if triton_installed is None:
-        pytest.skip(str(triton_supported()))
-    return triton_installed
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from export.triton_repository import write_repository
 from teacher_server.embedded import EmbeddedTeacher
 from teacher_server.model_repository import served_model
 from teacher_server.triton import TritonTeacher
-from teacher_server.triton_home import TritonHome, triton_supported
+from teacher_server.triton_home import TritonHome
 from teacher_server.triton_process import TritonProcess
 from teacher_server.triton_shm import SharedMemoryTriton
 
@@ -42,9 +42,7 @@ def repository(tiny_teacher: Any, tmp_path: Path) -> Path:
     return tmp_path / "models"
 
 
-def test_triton_gives_what_the_file_gives(triton_installed: TritonHome | None, tiny_teacher: Any, repository: Path, tmp_path: Path) -> None:
-    if triton_installed is None:
-        pytest.skip(str(triton_supported()))
+def test_triton_gives_what_the_file_gives(home: TritonHome, tiny_teacher: Any, repository: Path, tmp_path: Path) -> None:
 
     async def scenario(url: str) -> None:
         embedded = EmbeddedTeacher.from_repository(repository, "tiny", num_threads=1)
@@ -65,5 +63,5 @@ def test_triton_gives_what_the_file_gives(triton_installed: TritonHome | None, t
         finally:
             await embedded.close()
 
-    with TritonProcess(triton_installed, repository, "tiny", tmp_path / "log") as triton:
+    with TritonProcess(home, repository, "tiny", tmp_path / "log") as triton:
         asyncio.run(scenario(triton.url))

@@ -26,7 +26,7 @@ from teacher_server.embedded import EmbeddedTeacher
 from teacher_server.serve import Gateway, open_backend
 from teacher_server.settings import ServerSettings, TritonSettings
 from teacher_server.triton import TritonTeacher
-from teacher_server.triton_home import TritonHome, triton_supported
+from teacher_server.triton_home import TritonHome
 from teacher_server.triton_process import TritonProcess
 
 pytestmark = pytest.mark.integration
@@ -34,13 +34,6 @@ pytestmark = pytest.mark.integration
 RANDOM = np.random.default_rng(0)
 CROPS = RANDOM.integers(0, 256, (100, 8, 8, 3), np.uint8)
 TEMPERATURE = RANDOM.uniform(0.5, 20, (100, 1)).astype(np.float32)
-
-
-@pytest.fixture(scope="module")
-def home(triton_installed: TritonHome | None) -> TritonHome:
-    if triton_installed is None:
-        pytest.skip(str(triton_supported()))
-    return triton_installed
 
 
 @pytest.fixture(scope="module")

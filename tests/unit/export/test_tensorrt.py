@@ -23,7 +23,10 @@ from distill.teacher_info import METADATA_KEY, TeacherInfo
 from export.runners import OnnxRunner
 from export.settings import PARITY_OF, RepositorySettings
 from export.tensorrt import (
+    CARD_FILE,
+    PLAN_FILE,
     BuildOptions,
+    EngineCard,
     Profile,
     build_plan,
     builder_config,
@@ -31,7 +34,6 @@ from export.tensorrt import (
     network_flags,
     parse_arguments,
     profile_of,
-    read_card,
     require_package,
     sha256_of,
 )
@@ -41,6 +43,12 @@ from export.triton_repository import model_config, write_repository
 
 ROOT = Path(__file__).parents[3]
 OPTIONS = BuildOptions(profile=Profile(1, 32, 64), image_size=16, workspace_bytes=2**30)
+
+
+def read_card(folder: Path) -> EngineCard | None:
+    """What a version's folder says of its engine; None where the engine is not the one that the card is of."""
+    card = EngineCard.model_validate_json((folder / CARD_FILE).read_text(encoding="utf-8"))
+    return card if card.plan_sha256 == sha256_of(folder / PLAN_FILE) else None
 
 
 class Flags:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from teacher_server.live_stats import WINDOW_S, LiveStats, WatchRequests
+from teacher_server.live_stats import WINDOW_S, LiveStats
+from teacher_server.metrics import CountRequests, GatewayMetrics
 
 
 @dataclass
@@ -159,7 +160,7 @@ def test_memory_does_not_grow_with_traffic(stats: LiveStats, clock: Clock) -> No
     assert max(sizes) <= WINDOW_S * 146
 
 
-def run(app: WatchRequests, path: str) -> None:
+def run(app: CountRequests, path: str) -> None:
     async def nothing() -> Message:
         return {"type": "http.disconnect"}
 
@@ -178,7 +179,7 @@ def test_the_middleware_counts_one_path_whatever_becomes_of_the_request(stats: L
             raise RuntimeError("unforeseen")
         await send({"type": "http.response.start", "status": 422, "headers": []})
 
-    watched = WatchRequests(app, stats, "/v1/soft-labels")
+    watched = CountRequests(app, GatewayMetrics(), stats, "/v1/soft-labels")
     run(watched, "/v1/stats")
     run(watched, "/v1/soft-labels")
     with pytest.raises(RuntimeError):
