@@ -16,7 +16,7 @@
 |---|---|---|
 | `http://HOST:PORT`, `https://HOST` | our gateway; the API key is `api_key=` or $DISTILL_API_KEY | crops, image files |
 | `grpc://HOST:PORT/MODEL` | Triton | crops |
-| `grpc+shm://HOST:PORT/MODEL` | Triton on this host: crops and labels stay in shared memory: half the CPU time here | crops |
+| `grpc+shm://HOST:PORT/MODEL` | Triton on this host: crops and labels stay in shared memory; pays for large crops | crops |
 
 `timeout_s` (default 30) is the budget of a whole call with all waits and retries. A message is asked again, as `retry` says, when the
 connection broke, the teacher is away or busy (429 and 503 after Retry-After; Triton's UNAVAILABLE); never when the request was refused.

@@ -10,6 +10,7 @@ Every answer names the teacher it comes from; one of another teacher than `info(
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,6 +43,7 @@ MESSAGE_BYTES = 4_900_000
 """32 crops of 224 pixels: the body of a request, unless the gateway says that it is too large. Far below server.max_body_bytes."""
 MESSAGE_IMAGES = 256
 """Most images in one request, unless the gateway says that they are too many (server.max_batch)."""
+_REQUESTS_A_CLIENT = 8
 _CONNECT_TIMEOUT_S = 5.0
 
 
@@ -75,14 +77,21 @@ class RestTeacher(PatientTeacher):
         if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip()):
             raise RequestRefused("the API key is empty or holds characters that no HTTP header can carry")
         try:
-            self._client = httpx.AsyncClient(
-                base_url=self.url,
-                headers={"Authorization": f"Bearer {api_key.strip()}"} if api_key is not None else {},
-                # The budget of the call ends every wait; only a host that swallows packets is left earlier, to be tried again.
-                timeout=httpx.Timeout(None, connect=_CONNECT_TIMEOUT_S),
-                limits=httpx.Limits(max_connections=max_in_flight, max_keepalive_connections=max_in_flight),
-                transport=transport,
-            )
+            # httpx looks through all connections of a client at every request: with 64 in one, that is most of the work (measured).
+            verify = httpx.create_ssl_context()
+            self._clients = [
+                httpx.AsyncClient(
+                    base_url=self.url,
+                    headers={"Authorization": f"Bearer {api_key.strip()}"} if api_key is not None else {},
+                    # The budget of the call ends every wait; only a host that swallows packets is left earlier, to be tried again.
+                    timeout=httpx.Timeout(None, connect=_CONNECT_TIMEOUT_S),
+                    limits=httpx.Limits(max_connections=max_in_flight, max_keepalive_connections=max_in_flight),
+                    transport=transport,
+                    verify=verify,
+                )
+                for _ in range(-(-max_in_flight // _REQUESTS_A_CLIENT))
+            ]
+            self._next_client = itertools.cycle(self._clients)
         except httpx.InvalidURL as error:
             raise RequestRefused(f"{url!r} is not a URL: {error}") from error
 
@@ -131,7 +140,8 @@ class RestTeacher(PatientTeacher):
 
     async def close(self) -> None:
         """See TeacherBackend."""
-        await self._client.aclose()
+        for client in self._clients:
+            await client.aclose()
 
     async def _load_info(self) -> TeacherInfo:
         path = "/v1/models" if self.model is None else f"/v1/models/{quote(self.model, safe='')}"
@@ -225,7 +235,7 @@ class RestTeacher(PatientTeacher):
 
     async def _send(self, method: str, path: str, **request: Any) -> httpx.Response:
         try:
-            answer = await self._client.request(method, path, **request)
+            answer = await next(self._next_client).request(method, path, **request)
         except httpx.HTTPError as error:
             raise translated(error, self.whom) from error
         raise_failure(answer, self.whom)

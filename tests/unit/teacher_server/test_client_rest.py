@@ -412,7 +412,7 @@ def test_the_key_travels_in_its_header_and_nowhere_else(monkeypatch: pytest.Monk
     for given, sent in ((None, "secret-2"), ("secret-3", "secret-3")):
         client = open_async_client("http://gateway", api_key=given)
         assert isinstance(client.backend, RestTeacher)
-        assert client.backend._client.headers["authorization"] == f"Bearer {sent}"
+        assert {http.headers["authorization"] for http in client.backend._clients} == {f"Bearer {sent}"}
         asyncio.run(client.close())
 
 
@@ -718,3 +718,13 @@ def test_a_gateway_that_takes_fewer_files_gets_fewer_from_then_on() -> None:
         assert sent == [2, 2]
 
     asyncio.run(scenario())
+
+
+def test_connections_are_spread_over_clients_and_all_are_closed() -> None:
+    async def scenario() -> list[bool]:
+        teacher = RestTeacher("http://gateway", max_in_flight=20, transport=httpx.MockTransport(lambda request: httpx.Response(503)))
+        assert not any(client.is_closed for client in teacher._clients)
+        await teacher.close()
+        return [client.is_closed for client in teacher._clients]
+
+    assert asyncio.run(scenario()) == [True, True, True]
