@@ -13,23 +13,29 @@ import random
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from distill.errors import FingerprintMismatch, TeacherUnavailable
+from distill.errors import FingerprintMismatch, StoreError, TeacherUnavailable
 from distill.loader import CropBatch
+from distill.plan import Rows
 from distill.soft_labels import FloatArray, Record, decode, encode
 from student_trainer.store import Segment, ShardLabels, SoftLabelStore
 from teacher_server.backend import TeacherBackend
 
 logger = logging.getLogger(__name__)
 
+Positions = npt.NDArray[np.int64]
+Kept = tuple[str, Record]
+"""An image and its label."""
+
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 5.0
 COMMIT_AT = 8192
-"""Labels that may wait in memory before they are committed anyway."""
+"""Labels that may wait in memory before they are committed anyway; as many again may be on their way to the disk."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +49,45 @@ class LabelRules:
     max_tv: float
     patience_s: float
     views_held: int = 16
-    """(view, shard) pairs whose labels are held in memory."""
+    """(view, shard) pairs whose labels are held in memory. With fewer than a batch comes from they would be read again and again."""
+
+
+@dataclass(frozen=True)
+class BatchLabels:
+    """What is known about the crops of one batch."""
+
+    logits_BK: FloatArray
+    """The teacher's logits, each row known up to a constant."""
+    tv_B: FloatArray
+    """Bound of each label's total-variation error at the job's temperature."""
+    num_asked: int
+    """How many of the labels came from the teacher; the others were in the store."""
+
+    def fill(self, at: Positions, records: Sequence[Record]) -> None:
+        """Put the labels of `records` at these positions."""
+        self.logits_BK[at] = decode([r.encoding for r in records], [r.data for r in records], self.logits_BK.shape[1])
+        self.tv_B[at] = [r.max_tv for r in records]
+
+
+class _HeldLabels:
+    """The labels of one (view, shard), found by row without a loop over the rows of a batch."""
+
+    def __init__(self, labels: ShardLabels) -> None:
+        rows = np.fromiter(labels.rows, dtype=np.int64, count=len(labels.rows))
+        self._position_of_row = np.full(rows.max(initial=-1) + 2, -1, dtype=np.int64)  # the last one is for rows beyond
+        self._position_of_row[rows] = np.fromiter(labels.rows.values(), dtype=np.int64, count=len(rows))
+        self.image_ids = np.array(labels.image_ids, dtype=object)
+        self.logits_NK = labels.logits_NK
+        self.tv_N = labels.tv_N
+
+    def positions(self, rows: Positions) -> Positions:
+        """Where the labels of these rows of the shard are; -1 where there is none."""
+        return self._position_of_row[np.minimum(rows, len(self._position_of_row) - 1)]
 
 
 class LabelPath:
-    """Soft labels for batches, read through the store. Everything happens on one event loop."""
+    """Soft labels for batches, read through the store. Everything happens on one event loop; what would hold it up (encoding, writing to
+    disk) in threads beside it."""
 
     def __init__(self, store: SoftLabelStore, teacher: TeacherBackend, rules: LabelRules) -> None:
         self.store = store
@@ -57,93 +97,181 @@ class LabelPath:
         self.num_asked = 0
         self.waiting_since: float | None = None
         """When the teacher was last found silent; None while it answers."""
-        self._held: OrderedDict[tuple[int, int], ShardLabels] = OrderedDict()
-        self._pending: dict[tuple[int, int], dict[int, tuple[str, Record]]] = {}
+        self._held: OrderedDict[tuple[int, int], _HeldLabels] = OrderedDict()
+        self._pending: dict[tuple[int, int], dict[int, Kept]] = {}
+        self._writing: dict[tuple[int, int], dict[int, Kept]] = {}
         self._num_pending = 0
+        self._disk = ThreadPoolExecutor(1, thread_name_prefix="label store")
+        """Writes, one at a time. What is read meanwhile is other shards, or what was committed before."""
+        self._aside: asyncio.Task[None] | None = None
+        self._failure: StoreError | None = None
 
     def silent_s(self) -> float:
         """For how long the teacher has given no answer; 0 while it answers."""
         return 0.0 if self.waiting_since is None else time.monotonic() - self.waiting_since
 
-    async def labels(self, batch: CropBatch, position: int = 0) -> tuple[FloatArray, int]:
-        """Logits float32 [B,K] of the batch's crops in its view number `position`, and how many of them the teacher was asked for.
+    async def read(self, batch: CropBatch, position: int = 0) -> BatchLabels:
+        """The labels of the batch's crops in its view number `position`.
 
         Raises:
-            TeacherUnavailable: no answer for `patience_s`.
+            TeacherUnavailable: no answer for `patience_s`; it says how many labels are there but too rough.
             FingerprintMismatch: the teacher that answers is not the one whose labels the store holds.
             TeacherAnswerError, RequestRefused: see `TeacherBackend`.
+            StoreError: labels answered earlier cannot be written.
         """
-        view = batch.views[position]
-        logits_BK = np.empty((len(batch.image_ids), self.store.identity.num_classes), dtype=np.float32)
-        missing = self._from_store(batch, view, logits_BK)
-        self.num_from_store += len(batch.image_ids) - len(missing)
-        if len(missing):
+        view, size = batch.views[position], len(batch.image_ids)
+        labels = BatchLabels(np.empty((size, self.store.identity.num_classes), np.float32), np.empty(size, np.float32), 0)
+        missing = self._from_store(batch, view, labels)
+        self.num_from_store += size - len(missing)
+        if not len(missing):
+            return labels
+        try:
             answered = await self._ask(batch.crops_VBHWC[position][missing])
-            records = encode(answered, self.rules.temperatures, self.rules.max_tv)
-            logits_BK[missing] = decode([r.encoding for r in records], [r.data for r in records], answered.shape[1])
-            self._keep(view, batch.rows[missing], [batch.image_ids[i] for i in missing], records)
-            self.num_asked += len(missing)
-        return logits_BK, len(missing)
+        except TeacherUnavailable as error:
+            raise TeacherUnavailable(f"{error}{self._told_of_rough_labels(view, batch.rows[missing])}") from error
+        # A thousand classes take 0.1 s and more: long enough to leave other answers unread.
+        records = await asyncio.to_thread(encode, answered, self.rules.temperatures, self.rules.max_tv)
+        labels.fill(missing, records)
+        self._keep(view, batch.rows[missing], [batch.image_ids[i] for i in missing], records)
+        self.num_asked += len(missing)
+        if self._num_pending >= COMMIT_AT:
+            await self._commit_aside()
+        return replace(labels, num_asked=len(missing))
 
-    def _from_store(self, batch: CropBatch, view: int, logits_BK: FloatArray) -> npt.NDArray[np.int64]:
-        """Fill in the rows that the store has; return the positions of the others."""
-        missing = []
-        for at, (shard, row) in enumerate(batch.rows):
-            kept = self._pending.get((view, int(shard)), {}).get(int(row))
-            if kept is not None:
-                record = kept[1]
-                logits_BK[at] = decode([record.encoding], [record.data], logits_BK.shape[1])[0]
+    def _from_store(self, batch: CropBatch, view: int, labels: BatchLabels) -> Positions:
+        """Fill in the rows that the store has or will have; return the positions of the others."""
+        is_missing = np.zeros(len(batch.rows), dtype=bool)
+        image_ids = np.array(batch.image_ids, dtype=object)
+        shards, shard_of_row = np.unique(batch.rows[:, 0], return_inverse=True)
+        for index, shard in enumerate(shards.tolist()):
+            at = np.flatnonzero(shard_of_row == index)
+            for unwritten in (self._pending, self._writing):
+                at = self._from_memory(at, batch.rows[at, 1], unwritten.get((view, shard)), labels)
+            if not len(at):
                 continue
-            labels = self._shard_labels(view, int(shard))
-            position = labels.rows.get(int(row))
-            if position is None:
-                missing.append(at)
-            elif labels.image_ids[position] != batch.image_ids[at]:
+            held = self._shard_labels(view, shard)
+            position = held.positions(batch.rows[at, 1])
+            is_missing[at[position < 0]] = True
+            there, position = at[position >= 0], position[position >= 0]
+            changed = np.flatnonzero(held.image_ids[position] != image_ids[there])
+            if len(changed):
                 raise FingerprintMismatch(
-                    f"the label store has image {labels.image_ids[position]!r} where the source has {batch.image_ids[at]!r};"
-                    " the images have changed: choose another store.path"
+                    f"the label store has image {held.image_ids[position[changed[0]]]!r} where the source has"
+                    f" {image_ids[there[changed[0]]]!r}; the images have changed: choose another store.path"
                 )
-            else:
-                logits_BK[at] = labels.logits_NK[position]
-        return np.array(missing, dtype=np.int64)
+            labels.logits_BK[there] = held.logits_NK[position]
+            labels.tv_B[there] = held.tv_N[position]
+        return np.flatnonzero(is_missing)
 
-    def _shard_labels(self, view: int, shard: int) -> ShardLabels:
+    def _from_memory(self, at: Positions, rows: Positions, kept: dict[int, Kept] | None, labels: BatchLabels) -> Positions:
+        """Fill in what was answered and is not yet committed; return the positions of the others."""
+        if not kept:
+            return at
+        found = np.fromiter((row in kept for row in rows.tolist()), dtype=bool, count=len(rows))
+        labels.fill(at[found], [kept[row][1] for row in rows[found].tolist()])
+        return at[~found]
+
+    def _shard_labels(self, view: int, shard: int) -> _HeldLabels:
         key = (view, shard)
         if key not in self._held:
-            self._held[key] = self.store.read(view, shard, self.rules.temperature, self.rules.max_tv)
+            self._held[key] = _HeldLabels(self._read_store(view, shard, self.rules.max_tv))
             while len(self._held) > self.rules.views_held:
                 self._held.popitem(last=False)
         self._held.move_to_end(key)
         return self._held[key]
 
-    def _keep(self, view: int, rows: npt.NDArray[np.int64], image_ids: Sequence[str], records: Sequence[Record]) -> None:
-        for (shard, row), image_id, record in zip(rows, image_ids, records, strict=True):
-            self._pending.setdefault((view, int(shard)), {})[int(row)] = (image_id, record)
+    def _read_store(self, view: int, shard: int, max_tv: float) -> ShardLabels:
+        return self.store.read(view, shard, self.rules.temperature, max_tv)
+
+    def _told_of_rough_labels(self, view: int, rows: Rows) -> str:
+        """What to add where the teacher is away: the labels of these rows that are there, but are too rough to be used."""
+        rough = []
+        for shard in np.unique(rows[:, 0]).tolist():
+            labels = self._read_store(view, shard, 1.0)  # no total variation is over 1
+            wanted = rows[rows[:, 0] == shard, 1].tolist()
+            rough += [float(labels.tv_N[labels.rows[row]]) for row in wanted if row in labels.rows]
+        if not rough:
+            return ""
+        return (
+            f"; {len(rough)} of the {len(rows)} labels wanted are in the store, but only within {max(rough):.2g} at temperature"
+            f" {self.rules.temperature:g} (limit store.max_tv={self.rules.max_tv:g}): bring the teacher back, or allow a larger"
+            " store.max_tv"
+        )
+
+    def _keep(self, view: int, rows: Rows, image_ids: Sequence[str], records: Sequence[Record]) -> None:
+        for (shard, row), image_id, record in zip(rows.tolist(), image_ids, records, strict=True):
+            self._pending.setdefault((view, shard), {})[row] = (image_id, record)
         self._num_pending += len(records)
+
+    async def _commit_aside(self) -> None:
+        """Begin to write what is pending, and go on. A disk that is slower than the teacher is waited for here."""
+        while self._aside is not None and not self._aside.done():
+            await asyncio.wait([self._aside])
+        self._raise_failure()
         if self._num_pending >= COMMIT_AT:
-            self.commit()
+            self._aside = asyncio.create_task(self._write_aside(sorted(self._pending)))
+
+    async def _write_aside(self, keys: Sequence[tuple[int, int]]) -> None:
+        for key in keys:
+            if key in self._pending:
+                self._writing[key] = self._take(key)
+                segments = await asyncio.wrap_future(self._disk.submit(self._write, key, self._writing[key]))
+                del self._writing[key]
+                self._forget(segments)
 
     def commit(self) -> None:
         """Write every label that is not yet in the store; when this returns, a crash loses none of them.
 
         Raises:
-            StoreError: see `SoftLabelStore.commit`.
+            StoreError: see `SoftLabelStore.commit`; also what befell a write in the background before.
         """
-        for view, shard in sorted(self._pending):
-            # Taken out first: after a failure the store knows what it has, and a second try could put a label in twice.
-            labels = self._pending.pop((view, shard))
-            self._num_pending -= len(labels)
-            ids, records = [i for i, _ in labels.values()], [r for _, r in labels.values()]
-            self._forget(self.store.commit(view, shard, list(labels), ids, records, self.rules.temperatures))
+        for key in sorted(self._pending):
+            self._forget(self._disk.submit(self._write, key, self._take(key)).result())
+            self._raise_failure()
+        self._disk.submit(int).result()  # what was being written aside is written
+        self._raise_failure()
+
+    def _take(self, key: tuple[int, int]) -> dict[int, Kept]:
+        # Taken out before it is written: after a failure the store knows what it has, and a second try could put a label in twice.
+        labels = self._pending.pop(key)
+        self._num_pending -= len(labels)
+        return labels
+
+    def _write(self, key: tuple[int, int], labels: dict[int, Kept]) -> list[Segment]:
+        ids, records = [i for i, _ in labels.values()], [r for _, r in labels.values()]
+        try:
+            return self.store.commit(*key, list(labels), ids, records, self.rules.temperatures, self.rules.max_tv)
+        except StoreError as error:
+            self._failure = self._failure or error
+            return []
+
+    def _raise_failure(self) -> None:
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
 
     def refresh(self) -> None:
         """Take in what other workers committed."""
-        self._forget(self.store.refresh())
+        self._forget(self._disk.submit(self.store.refresh).result())
 
     def _forget(self, segments: Sequence[Segment]) -> None:
         """Read the labels of these segments' shards anew when they are wanted next."""
         for segment in segments:
             self._held.pop((segment.view, segment.shard), None)
+
+    async def close(self) -> None:
+        """Write what is pending, let go of the teacher.
+
+        Raises:
+            StoreError: as `commit`.
+        """
+        try:
+            self.commit()
+        finally:
+            if self._aside is not None:
+                await asyncio.wait([self._aside])
+            self._disk.shutdown()
+            await self.teacher.close()
 
     async def _ask(self, crops_BHWC: npt.NDArray[np.uint8]) -> FloatArray:
         """Ask until an answer comes, with growing pauses of random length, at most `patience_s` long."""

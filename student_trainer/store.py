@@ -1,51 +1,48 @@
-"""The soft-label store: what the teacher said about each crop, kept for ever, without the pixels.
+"""The soft-label store: what the teacher said about each crop, kept for ever, without the pixels. In a folder or on an object store.
 
     STORE/
       store.json            whose labels these are: teacher fingerprint, crop recipe, seed, image set
-      manifest.jsonl        one line for each committed segment: view, shard, file, sha256, counts
+      manifest.jsonl        in a folder: one line for each committed segment: view, shard, file, sha256, counts
+      manifest/             on an object store: the same, one object for each segment
       view-00003/shard-000012.SEGMENT.parquet      labels of rows of one image shard in one view
+      claims/               which labelling job is at which (view, shard) just now
       quarantine/           segments whose bytes no longer fit their sha256; their labels are asked for again
 
-A segment is written under a pending name, flushed to disk, renamed, and only then named in the manifest. What is in the manifest is
-committed; anything else is the remains of a crash and is not read. Unit of data: one `Record` (distill/soft_labels.py).
+A segment is written whole (in a folder: pending name, flush, rename), read back and compared, and only then named in the manifest. What is
+in the manifest is committed; anything else is the remains of a crash and is not read. Unit of data: one `Record`
+(distill/soft_labels.py). The parts: `store_files` (places), `store_segments` (one file), `store_manifest` (which files count),
+`store_claims` (who labels what), `store_cache` (segments of an object store on this machine's disk).
 """
 
 from __future__ import annotations
 
-import errno
+import hashlib
 import json
 import logging
-import os
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from distill.checkpoint import file_sha256, fsync_path
 from distill.config import Section, digest_of, validate
 from distill.crops import CropRecipe
 from distill.errors import FingerprintMismatch, StoreError
-from distill.soft_labels import FloatArray, Record, certified_tv, decode
+from distill.soft_labels import Record
+from student_trainer.store_cache import SegmentCache
+from student_trainer.store_files import StoreFiles, open_files
+from student_trainer.store_manifest import Manifest, total
+from student_trainer.store_segments import ROUNDING, Segment, ShardLabels, make_table, read_bytes, read_labels, table_bytes
+
+__all__ = ["Segment", "ShardLabels", "SoftLabelStore", "StoreIdentity", "StoreStats", "read_identity"]
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = pa.schema(
-    [
-        ("row", pa.int32()),
-        ("image_id", pa.string()),
-        ("encoding", pa.uint8()),
-        ("record", pa.binary()),
-        ("max_tv", pa.float32()),
-        ("max_logit_error", pa.float32()),
-    ]
-)
+IDENTITY = "store.json"
+QUARANTINE = "quarantine"
+MOST_TRIES = 50
 
 
 class StoreIdentity(Section):
@@ -62,24 +59,9 @@ class StoreIdentity(Section):
     images: str
     """Digest of the image set."""
 
-
-class Segment(Section):
-    """One line of the manifest."""
-
-    view: int
-    """View of the crops."""
-    shard: int
-    """Image shard."""
-    file: str
-    """Path inside the store."""
-    sha256: str
-    """Of the file."""
-    num_labels: int
-    """Labels in it."""
-    size_bytes: int
-    """Size of the file."""
-    temperatures: tuple[float, ...]
-    """Temperatures at which `max_tv` was computed."""
+    def differences(self, other: StoreIdentity) -> list[str]:
+        """Names of the fields that differ."""
+        return [name for name in StoreIdentity.model_fields if getattr(self, name) != getattr(other, name)]
 
 
 class StoreStats(Section):
@@ -93,45 +75,40 @@ class StoreStats(Section):
     """Bytes of all segments."""
 
 
-@dataclass(frozen=True)
-class ShardLabels:
-    """The labels of one image shard in one view that can be read at the wanted temperature."""
-
-    rows: dict[int, int]
-    """row of the image shard -> position below."""
-    image_ids: list[str]
-    logits_NK: FloatArray
-
-
 class SoftLabelStore:
     """Labels of one teacher on one image set; several processes may read and add at once.
 
+    Args:
+        where: a folder, or an fsspec URL such as `s3://bucket/labels`.
+        cache: where segments of an object store are kept on this machine; None fetches them at every read.
+
     Raises:
-        FingerprintMismatch: the folder holds labels of another teacher, crop recipe, seed or image set.
-        StoreError: the folder cannot be read or written.
+        FingerprintMismatch: there are labels of another teacher, crop recipe, seed or image set.
+        StoreError: it cannot be read or written.
     """
 
-    def __init__(self, folder: Path, identity: StoreIdentity) -> None:
-        self.folder = folder
+    def __init__(self, where: Path | str, identity: StoreIdentity, cache: SegmentCache | None = None) -> None:
+        self.files = open_files(where)
+        self.folder: Path | str = where
         self.identity = identity
-        self.segments: list[Segment] = []
-        self._read_to = 0
+        self.manifest = Manifest(self.files)
+        self._cache = None if self.files.is_local else cache
         self._check_identity()
         self.refresh()
 
+    @property
+    def segments(self) -> list[Segment]:
+        """The segments that count, as far as they were read."""
+        return self.manifest.live()
+
     def _check_identity(self) -> None:
-        path = self.folder / "store.json"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not path.exists():
-                pending = path.with_name(f".store.{uuid.uuid4().hex}")
-                pending.write_text(self.identity.model_dump_json(indent=1), encoding="utf-8")
-                fsync_path(pending)
-                pending.replace(path)
-            found = validate(StoreIdentity, json.loads(path.read_text(encoding="utf-8")), origin=str(path))
-        except (OSError, json.JSONDecodeError) as error:
-            raise StoreError(f"the label store {self.folder} cannot be used: {error}") from error
-        names = [n for n in StoreIdentity.model_fields if getattr(found, n) != getattr(self.identity, n)]
+            if not self.files.sizes([IDENTITY]):
+                self.files.create(IDENTITY, self.identity.model_dump_json(indent=1).encode())
+            found = _parsed(self.files)
+        except (OSError, ValueError) as error:
+            raise StoreError(f"the label store {self.folder} cannot be used: {_said(error)}") from error
+        names = found.differences(self.identity)
         if names:
             kept, wanted = ({n: str(getattr(i, n))[:16] for n in names} for i in (found, self.identity))
             raise FingerprintMismatch(
@@ -139,85 +116,81 @@ class SoftLabelStore:
                 " choose another store.path"
             )
 
-    def refresh(self) -> list[Segment]:
-        """Take in the segments that were committed since, by this or another process, and return them.
+    def refresh(self, view: int | None = None) -> list[Segment]:
+        """Take in the segments that were committed since, by this or another process, in one view or in all, and return them.
 
-        A line cut off by a crash is none. One that lacks nothing but its line end counts: the next writer would end it, and its labels,
-        asked for again meanwhile, would be there twice.
+        Raises:
+            StoreError: the manifest cannot be read.
         """
-        path = self.folder / "manifest.jsonl"
-        before = len(self.segments)
-        if not path.exists():
-            return []
-        with path.open("rb") as file:
-            file.seek(self._read_to)
-            for line in file:
-                if not line.endswith(b"\n") and _segment_of(line) is None:
-                    break
-                self._read_to += len(line)
-                if line.strip():
-                    self._take(line)
-        return self.segments[before:]
-
-    def _take(self, line: bytes) -> None:
-        segment = _segment_of(line)
-        if segment is None:  # two halves of lines, from a crash in the middle of a write: that segment was never committed
-            logger.warning("a damaged line in %s is passed over; its labels will be asked for again", self.folder / "manifest.jsonl")
-            return
-        path = self.folder / segment.file
-        if path.exists() and path.stat().st_size == segment.size_bytes:
-            self.segments.append(segment)
-        else:  # in quarantine since an earlier run, or cut off; counting it would make its rows look labelled
-            logger.warning("label segment %s is gone or cut off; its labels are asked for again", path)
+        try:
+            return self.manifest.refresh(view)
+        except OSError as error:
+            raise StoreError(f"the manifest of the label store {self.folder} cannot be read: {_said(error)}") from error
 
     def stats(self) -> StoreStats:
         """Counts over all segments."""
-        return StoreStats(
-            num_labels=sum(s.num_labels for s in self.segments),
-            num_segments=len(self.segments),
-            size_bytes=sum(s.size_bytes for s in self.segments),
-        )
+        segments = self.segments
+        return StoreStats(num_labels=total(segments, "num_labels"), num_segments=len(segments), size_bytes=total(segments, "size_bytes"))
 
     def manifest_digest(self) -> str:
         """sha256 (hex) over the committed segments; goes into checkpoints."""
-        return digest_of([s.sha256 for s in self.segments])
+        return digest_of([segment.sha256 for segment in self.segments])
 
     def read(self, view: int, shard: int, temperature: float, max_tv: float) -> ShardLabels:
         """Labels of one image shard in one view whose error at `temperature` is known to be within `max_tv`.
 
         A segment whose bytes are not what was committed is put into quarantine, and its labels count as not there.
-        """
-        tables = [(s, self._load(s)) for s in list(self.segments) if s.view == view and s.shard == shard]
-        columns: dict[int, tuple[str, int, bytes]] = {}
-        for segment, table in tables:
-            if table is not None:
-                columns.update(_usable(segment, table, temperature, max_tv))
-        kept = list(columns.values())
-        return ShardLabels(
-            rows={row: position for position, row in enumerate(columns)},
-            image_ids=[image_id for image_id, _, _ in kept],
-            logits_NK=decode([e for _, e, _ in kept], [r for _, _, r in kept], self.identity.num_classes),
-        )
 
-    def _load(self, segment: Segment) -> pa.Table | None:
-        path = self.folder / segment.file
+        Raises:
+            StoreError: the store cannot be read, or holds a record that this version cannot decode.
+        """
+        return read_labels(self.tables(view, shard), temperature, max_tv, self.identity.num_classes)
+
+    def tables(self, view: int, shard: int, columns: Sequence[str] | None = None) -> list[tuple[Segment, pa.Table]]:
+        """The segments of one image shard in one view with their labels; only some columns of them, if those are named.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
+        seen: dict[str, pa.Table | None] = {}
+        # A segment that another process merged into a new one while we read is gone; then the new one is read.
+        while missing := [segment for segment in self.manifest.of(view, shard) if segment.file not in seen]:
+            for segment in missing:
+                data = self.load(segment)
+                seen[segment.file] = None if data is None else read_bytes(data, columns)
+        found = ((segment, seen[segment.file]) for segment in self.manifest.of(view, shard))
+        return [(segment, table) for segment, table in found if table is not None]
+
+    def load(self, segment: Segment) -> bytes | None:
+        """The bytes of a segment. None: it is damaged or gone, which has been said, and its labels count no more."""
+        if self._cache is not None and (kept := self._cache.get(segment.sha256)) is not None:
+            return kept
+        path = f"{self.files.where}/{segment.file}"
         try:
-            if file_sha256(path) == segment.sha256:
-                return pq.read_table(path, memory_map=True)
+            data = self.files.read(segment.file)
+            if hashlib.sha256(data).hexdigest() == segment.sha256:
+                if self._cache is not None:
+                    self._cache.keep(segment.sha256, data)
+                return data
             reason = "its bytes are not what was committed"
-            self._quarantine(path)
+            self.quarantine(segment)
         except FileNotFoundError:
+            self.refresh(segment.view)
+            if segment not in self.manifest.of(segment.view, segment.shard):
+                return None
             reason = "the file is gone"
         except OSError as error:
-            raise StoreError(f"label segment {path} cannot be read: {error.strerror or error}") from error
+            raise StoreError(f"label segment {path} cannot be read: {_said(error)}") from error
         logger.warning("label segment %s: %s; it is left out and its labels are asked for again", path, reason)
-        self.segments.remove(segment)
+        self.manifest.drop(segment)
         return None
 
-    def _quarantine(self, path: Path) -> None:
-        (self.folder / "quarantine").mkdir(exist_ok=True)
-        with suppress(FileNotFoundError):  # another process found it damaged at the same time
-            path.rename(self.folder / "quarantine" / path.name)
+    def quarantine(self, segment: Segment) -> None:
+        """Move a damaged segment out of the way, where that can be done, and count it no more."""
+        # Not found: another process found it damaged at the same time. Others: a store that may only be read is read all the same.
+        with suppress(OSError):
+            self.files.move(segment.file, f"{QUARANTINE}/{segment.file.rpartition('/')[2]}")
+        self.manifest.drop(segment)
 
     def commit(
         self,
@@ -227,91 +200,142 @@ class SoftLabelStore:
         image_ids: Sequence[str],
         records: Sequence[Record],
         temperatures: Sequence[float],
+        max_tv: float | None = None,
     ) -> list[Segment]:
         """Keep labels of one image shard in one view; when this returns they survive a crash.
 
+        Labels that another writer committed meanwhile, as exact and for the same temperatures, are not kept a second time.
+
+        Args:
+            rows: rows of the image shard, [N], each once.
+            image_ids: of these rows.
+            records: their labels.
+            temperatures: those at which the records' `max_tv` was computed.
+            max_tv: the limit that the records had to keep. Default: the largest error among them, which is at most that.
+
         Returns:
-            What `refresh` took in: the new segment, and those that other processes committed meanwhile.
+            What `refresh` of this view took in: the new segment, and those that other processes committed meanwhile.
 
         Raises:
             StoreError: the disk is full or read-only; nothing half-written is left to be read.
         """
-        folder = self.folder / f"view-{view:05d}"
-        name = f"shard-{shard:06d}.{uuid.uuid4().hex[:12]}.parquet"
-        pending = folder / f".{name}.pending"
-        order = np.argsort(np.asarray(rows), kind="stable")
-        table = pa.table(
-            {
-                "row": [int(rows[i]) for i in order],
-                "image_id": [image_ids[i] for i in order],
-                "encoding": [int(records[i].encoding) for i in order],
-                "record": [records[i].data for i in order],
-                "max_tv": [records[i].max_tv for i in order],
-                "max_logit_error": [records[i].max_logit_error for i in order],
-            },
-            schema=SCHEMA,
+        table = make_table(rows, image_ids, records)
+        limit = max((record.max_tv for record in records), default=0.0) if max_tv is None else max_tv
+        fresh: list[Segment] = []
+        for _ in range(MOST_TRIES):
+            if not len(table):
+                return fresh
+            left, found = self._add(self._segment(view, shard, tuple(temperatures), table), table, limit)
+            fresh += found
+            if left is None:
+                return fresh
+            table = left
+        raise StoreError(
+            f"labels cannot be written to {self.folder}: {MOST_TRIES} times in a row others committed first to shard {shard} in view"
+            f" {view}; committed labels are safe, run it again"
         )
+
+    def _add(self, segment: Segment, table: pa.Table, limit: float) -> tuple[pa.Table | None, list[Segment]]:
+        """Try to commit a segment: (None, what is new), or what of the table is still to be committed, after another writer was there."""
+        fresh: list[Segment] = []
         try:
-            if not folder.exists():
-                folder.mkdir(exist_ok=True)
-                fsync_path(self.folder)
-            pq.write_table(table, pending, compression="none", use_dictionary=False)
-            fsync_path(pending)
-            segment = Segment(
-                view=view,
-                shard=shard,
-                file=f"{folder.name}/{name}",
-                sha256=file_sha256(pending),
-                num_labels=len(table),
-                size_bytes=pending.stat().st_size,
-                temperatures=tuple(temperatures),
-            )
-            pending.rename(folder / name)
-            fsync_path(folder)
-            self._append(segment.model_dump_json())
+            self.files.put(segment.file, table_bytes(table))
+            with self.files.locked():
+                fresh += self.manifest.refresh(segment.view)
+                new = self._without_kept(segment, table, limit)
+                left = None if len(new) == len(table) and self.manifest.append(segment) else new
+                fresh += self.manifest.refresh(segment.view)
         except OSError as error:
-            self._undo(pending, folder / name)
-            raise StoreError(f"labels cannot be written to {folder}: {error.strerror or error}; committed labels are safe") from error
-        return self.refresh()
+            self._undo(segment)
+            raise StoreError(f"labels cannot be written to {self.folder}: {_said(error)}; committed labels are safe") from error
+        if left is not None:
+            self.files.remove(segment.file)
+        return left, fresh
 
-    def _undo(self, pending: Path, final: Path) -> None:
-        """Take away what a failed commit left, unless the manifest names it already (its last flush failed): readers count on that."""
-        self.refresh()
-        pending.unlink(missing_ok=True)
-        if f"{final.parent.name}/{final.name}" not in {segment.file for segment in self.segments}:
-            final.unlink(missing_ok=True)
+    def _segment(self, view: int, shard: int, temperatures: tuple[float, ...], table: pa.Table, replaces: tuple[str, ...] = ()) -> Segment:
+        data = table_bytes(table)
+        return Segment(
+            view=view,
+            shard=shard,
+            file=f"view-{view:05d}/shard-{shard:06d}.{uuid.uuid4().hex[:12]}.parquet",
+            sha256=hashlib.sha256(data).hexdigest(),
+            num_labels=len(table),
+            size_bytes=len(data),
+            temperatures=temperatures,
+            replaces=replaces,
+        )
 
-    def _append(self, line: str) -> None:
-        path = self.folder / "manifest.jsonl"
-        # One write to a file opened for appending is not mixed with another process's. The leading newline ends a line cut off by a crash.
-        text = f"\n{line}\n".encode()
-        is_new = not path.exists()
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    def _without_kept(self, segment: Segment, table: pa.Table, limit: float) -> pa.Table:
+        """The rows that the store does not hold yet, as exact and for these temperatures."""
+        rows = table["row"].to_numpy()
+        is_new = np.ones(len(rows), dtype=bool)
+        for kept, labels in self.tables(segment.view, segment.shard, ("row", "max_tv")):
+            if set(segment.temperatures) <= set(kept.temperatures):
+                exact = labels["max_tv"].to_numpy() <= limit * ROUNDING
+                is_new &= ~np.isin(rows, labels["row"].to_numpy()[exact])
+        return table if is_new.all() else table.filter(pa.array(is_new))
+
+    def replace(self, view: int, shard: int, tables: Sequence[tuple[tuple[float, ...], pa.Table]], replaces: Sequence[Segment]) -> bool:
+        """Put merged segments in the place of others, and take those away. False: another process has replaced some of them; nothing is
+        changed. A crash leaves either the old ones or the new ones to be read.
+
+        Args:
+            tables: temperatures and labels of each new segment; at least one, which may be empty.
+            replaces: the segments whose labels they hold.
+
+        Raises:
+            StoreError: the store cannot be written.
+        """
+        names = tuple(segment.file for segment in replaces)
+        # The first names what is replaced and comes last: until then the old ones count, and labels in both are read once.
+        made = [
+            self._segment(view, shard, temperatures, table, names if number == 0 else ())
+            for number, (temperatures, table) in enumerate(tables)
+        ]
+        pending = list(reversed(made))
         try:
-            if os.write(descriptor, text) != len(text):  # a full disk may take a part without an error
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        if is_new:
-            fsync_path(self.folder)
+            for segment, (_, table) in zip(made, tables, strict=True):
+                self.files.put(segment.file, table_bytes(table))
+            while pending:
+                with self.files.locked():
+                    self.manifest.refresh(view)
+                    replaced = {segment.file for segment in self.manifest.replaced()}
+                    if replaced & set(names):
+                        break
+                    if self.manifest.append(pending[0]):
+                        pending.pop(0)
+                    self.manifest.refresh(view)
+            for file in [segment.file for segment in pending] or names:
+                self.files.remove(file)
+        except OSError as error:
+            raise StoreError(f"labels cannot be written to {self.folder}: {_said(error)}; committed labels are safe") from error
+        return not pending
+
+    def _undo(self, segment: Segment) -> None:
+        """Take away what a failed commit left, unless the manifest names it already (its last flush failed): readers count on that."""
+        with suppress(OSError):
+            self.manifest.refresh(segment.view)
+            if segment not in self.manifest.named_in(segment.view, segment.shard):
+                self.files.remove(segment.file)
 
 
-def _segment_of(line: bytes) -> Segment | None:
-    """The segment that a line of the manifest names, or None for anything else."""
+def read_identity(where: Path | str) -> StoreIdentity:
+    """Whose labels the store there holds.
+
+    Raises:
+        StoreError: there is none, or it cannot be read.
+    """
     try:
-        return Segment.model_validate_json(line)
-    except ValueError:
-        return None
+        return _parsed(open_files(where))
+    except FileNotFoundError as error:
+        raise StoreError(f"no label store in {where}: {IDENTITY} is missing") from error
+    except (OSError, ValueError) as error:
+        raise StoreError(f"the label store {where} cannot be used: {_said(error)}") from error
 
 
-def _usable(segment: Segment, table: pa.Table, temperature: float, max_tv: float) -> dict[int, tuple[str, int, bytes]]:
-    """row -> (image_id, encoding, record) of the labels that keep `max_tv` at `temperature`."""
-    fields: dict[str, Any] = table.to_pydict()
-    if temperature in segment.temperatures:
-        errors: npt.NDArray[Any] = np.asarray(fields["max_tv"])
-    else:
-        errors = certified_tv(np.asarray(fields["max_logit_error"]), temperature)
-    # float32 columns: allow for the rounding of the number itself
-    good = np.flatnonzero(errors <= max_tv * (1 + 1e-6))
-    return {fields["row"][i]: (fields["image_id"][i], fields["encoding"][i], fields["record"][i]) for i in good}
+def _parsed(files: StoreFiles) -> StoreIdentity:
+    return validate(StoreIdentity, json.loads(files.read(IDENTITY)), origin=f"{files.where}/{IDENTITY}")
+
+
+def _said(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)

@@ -1,6 +1,6 @@
 """Run by test_store.py: processes that commit to one store, killed at random moments or racing each other.
 
-    python commit_in_processes.py kill|race FOLDER IDENTITY_JSON
+    python commit_in_processes.py kill|race|same FOLDER IDENTITY_JSON
 
 Every label whose commit returned is printed as a line "view shard row"; one program forks all of them, so that torch is imported once.
 """
@@ -12,9 +12,11 @@ import random
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute  # noqa: F401 - once here, not in every victim
 
 from distill.soft_labels import encode
 from student_trainer.store import SoftLabelStore, StoreIdentity
@@ -52,15 +54,15 @@ def kill_at_random(folder: Path, identity: StoreIdentity) -> None:
         os.close(writer)
 
 
-def race(folder: Path, identity: StoreIdentity) -> None:
-    """Several processes commit to one store at once."""
+def race(folder: Path, identity: StoreIdentity, same: bool = False) -> None:
+    """Several processes commit to one store at once, each its own shard or all `same` labels."""
     children = []
     for racer in range(NUM_RACERS):
         child = os.fork()
         if child == 0:
             store = SoftLabelStore(folder, identity)
             for number in range(COMMITS_EACH):
-                commit_one(store, racer, 2 * number)
+                commit_one(store, 0 if same else racer, 2 * number)
             os._exit(0)
         children.append(child)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
@@ -68,4 +70,6 @@ def race(folder: Path, identity: StoreIdentity) -> None:
 
 
 if __name__ == "__main__":
-    {"kill": kill_at_random, "race": race}[sys.argv[1]](Path(sys.argv[2]), StoreIdentity.model_validate_json(sys.argv[3]))
+    {"kill": kill_at_random, "race": race, "same": partial(race, same=True)}[sys.argv[1]](
+        Path(sys.argv[2]), StoreIdentity.model_validate_json(sys.argv[3])
+    )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import logging
 import os
 import subprocess
@@ -13,13 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 
 from distill.crops import CropRecipe
 from distill.errors import FingerprintMismatch, StoreError
 from distill.soft_labels import Encoding, Record, decode, encode, softmax
-from student_trainer import store as store_module
 from student_trainer.store import Segment, SoftLabelStore, StoreIdentity
 
 MAX_TV = 0.02
@@ -49,7 +49,7 @@ def leftovers(store: SoftLabelStore) -> list[str]:
 
 @pytest.fixture
 def quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    with caplog.at_level(logging.CRITICAL, logger="student_trainer.store"):
+    with caplog.at_level(logging.CRITICAL, logger="student_trainer"):
         yield
 
 
@@ -94,8 +94,9 @@ def interrupting(monkeypatch: pytest.MonkeyPatch, at: int) -> list[str]:
 
         monkeypatch.setattr(owner, name, step)
 
-    for owner, name in ((os, "mkdir"), (os, "rename"), (os, "fsync"), (os, "write"), (pq, "write_table"), (store_module, "file_sha256")):
-        wrap(owner, name)
+    for name in ("mkdir", "open", "rename", "fsync", "write"):
+        wrap(os, name)
+    wrap(hashlib, "sha256")
     return seen
 
 
@@ -125,7 +126,7 @@ def test_killed_at_any_step_of_a_commit_nothing_is_lost_or_doubled(
         if survived:
             assert not missing
             assert len(seen) == at
-            assert {"fsync", "rename", "write", "write_table"} <= set(seen)
+            assert {"fsync", "rename", "write", "sha256"} <= set(seen)
             return
     pytest.fail("a commit has no end")
 
@@ -161,7 +162,7 @@ def test_a_damaged_line_is_passed_over_and_said(store: SoftLabelStore, caplog: p
 
 def run_committers(what: str, store: SoftLabelStore) -> list[tuple[int, ...]]:
     arguments = [sys.executable, str(COMMITTERS), what, str(store.folder), store.identity.model_dump_json()]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return [tuple(int(word) for word in line.split()) for line in done.stdout.splitlines()]
 
@@ -248,7 +249,7 @@ def half_a_write(descriptor: int, data: bytes) -> int:
 @pytest.mark.parametrize(
     ("owner", "name", "fault"),
     [
-        (pq, "write_table", full_disk),
+        (Path, "open", full_disk),
         (os, "fsync", full_disk),
         (os, "rename", full_disk),
         (os, "write", full_disk),
@@ -270,16 +271,93 @@ def test_full_disk_is_said_and_leaves_no_half(
     assert held_by(store) == {(0, 0, 1): 1, (0, 0, 2): 1, (0, 0, 3): 1}
 
 
-def test_a_half_written_file_of_a_full_disk_is_taken_away(store: SoftLabelStore) -> None:
-    def half(table: Any, where: Path, **_: Any) -> None:
-        where.write_bytes(b"PAR1 and then the disk was full")
-        full_disk()
+@pytest.mark.parametrize("limit", [1000, 4001], ids=["in the data", "in the manifest"])
+def test_a_disk_that_is_really_full_is_said_and_the_same_process_goes_on_when_there_is_room(
+    store: SoftLabelStore, limit: int, held_by: Any, quiet: None
+) -> None:
+    put(store, [19], shard=1)
+    program = Path(__file__).with_name("fill_a_disk.py")
+    arguments = [sys.executable, str(program), str(store.folder), store.identity.model_dump_json(), str(limit)]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    (refused,) = [line for line in lines if line.startswith("refused")]
+    assert "File too large; committed labels are safe" in refused or "No space left on device; committed labels are safe" in refused
+    told = [(0, 0, int(line.split()[1])) for line in lines if line.startswith("row")]
+    assert held_by(store) == Counter([*told, (0, 1, 19)])
+    assert leftovers(store) == []
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pq, "write_table", half)
-        with pytest.raises(StoreError):
-            put(store, [3])
-    assert list(store.folder.glob("view-*/*")) == [] == list(store.folder.glob("view-*/.*"))
+
+def put_in_views(store: SoftLabelStore, returned: list[int]) -> None:
+    """One label in each of very many views; `returned` are those whose commit returned."""
+    for view in range(1000):
+        put(store, [1], view=view)
+        returned.append(view)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a disk")
+def test_a_disk_of_limited_size_and_a_read_only_one(tmp_path: Path, identity: StoreIdentity, held_by: Any, quiet: None) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True, check=False).returncode:
+        pytest.skip("no disk can be mounted here")
+    try:
+        store = SoftLabelStore(disk / "store", identity)
+        returned: list[int] = []
+        with pytest.raises(StoreError, match="No space left on device; committed labels are safe"):
+            put_in_views(store, returned)
+        committed = len(returned)
+        assert committed > 2
+        assert held_by(store) == Counter((view, 0, 1) for view in returned)
+        assert leftovers(store) == []
+        subprocess.run(["mount", "-o", "remount,size=1m", str(disk)], check=True)
+        put(store, [1], view=committed)
+        assert len(held_by(store)) == committed + 1
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        reader = reopened(store)
+        assert rows_read(reader, view=committed) == {1}
+        with pytest.raises(StoreError, match="Read-only file system; committed labels are safe"):
+            put(reader, [2])
+        assert rows_read(reader) == {1}
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_processes_that_commit_the_same_labels_at_once_keep_each_once(store: SoftLabelStore, held_by: Any) -> None:
+    told = run_committers("same", store)
+    assert set(held_by(store)) == set(told)
+    assert set(held_by(store).values()) == {1}
+    assert leftovers(store) == []
+
+
+def test_a_store_of_the_first_format_is_read_and_added_to(tmp_path: Path, identity: StoreIdentity, held_by: Any) -> None:
+    """As it was written before segments had `replaces` and encodings of their columns: a manifest.jsonl and plain Parquet."""
+    import hashlib as hashes
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = tmp_path / "old"
+    (folder / "view-00000").mkdir(parents=True)
+    (folder / "store.json").write_text(identity.model_dump_json(indent=1))
+    columns = {
+        "row": pa.array([1, 2], pa.int32()),
+        "image_id": ["image-1", "image-2"],
+        "encoding": pa.array([int(RECORDS[row].encoding) for row in (1, 2)], pa.uint8()),
+        "record": pa.array([RECORDS[row].data for row in (1, 2)], pa.binary()),
+        "max_tv": pa.array([RECORDS[row].max_tv for row in (1, 2)], pa.float32()),
+        "max_logit_error": pa.array([RECORDS[row].max_logit_error for row in (1, 2)], pa.float32()),
+    }
+    path = folder / "view-00000" / "shard-000000.0123456789ab.parquet"
+    pq.write_table(pa.table(columns), path, compression="none", use_dictionary=False)
+    data = path.read_bytes()
+    fields = {"view": 0, "shard": 0, "file": f"view-00000/{path.name}", "sha256": hashes.sha256(data).hexdigest(), "num_labels": 2}
+    line = json.dumps({**fields, "size_bytes": len(data), "temperatures": [1.0]})
+    (folder / "manifest.jsonl").write_text(f"\n{line}\n")
+    store = SoftLabelStore(folder, identity)
+    assert rows_read(store) == {1, 2}
+    put(store, [2, 3])
+    assert held_by(store) == dict.fromkeys(((0, 0, row) for row in (1, 2, 3)), 1)
 
 
 def test_a_commit_whose_last_flush_failed_is_whole_or_not_there(store: SoftLabelStore, held_by: Any) -> None:
@@ -311,7 +389,7 @@ def test_at_another_temperature_only_certified_labels_are_read(tmp_path: Path, t
     random = np.random.default_rng(1)
     # From sure teachers (short records, coarse tails) to undecided ones (dense records, fine everywhere).
     logits_NK = np.concatenate([random.normal(0, scale, (30, num_classes)) for scale in (0.3, 3, 12)]).astype(np.float32)
-    records = encode(logits_NK, (1.0,), MAX_TV)
+    records = encode(logits_NK[:30], (1.0,), MAX_TV / 50) + encode(logits_NK[30:], (1.0,), MAX_TV)
     identity = StoreIdentity(fingerprint="f" * 64, num_classes=num_classes, recipe=CropRecipe(image_size=8), seed=0, images="images")
     store = SoftLabelStore(tmp_path / "store", identity)
     store.commit(0, 0, list(range(90)), [str(row) for row in range(90)], records, (1.0,))

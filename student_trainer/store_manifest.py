@@ -1,0 +1,164 @@
+"""The manifest: which segments count. A segment that it does not name is the remains of a crash.
+
+In a folder it is `manifest.jsonl`, one line a segment, appended to under a lock. On an object store, where nothing can be appended, it is
+one small object a segment, `manifest/view-00003/shard-000012.000007.json`: the eighth commit of that shard in that view. A writer creates
+the next number only where nobody has, so two writers can never both be the eighth; the later one looks what the earlier one wrote and
+tries again. Both forms are read wherever they lie, so that a store can be copied from one kind of place to the other.
+
+Unit of data: one `Segment`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Iterable
+from itertools import islice
+from threading import Lock
+
+from student_trainer.store_files import MANIFEST_LOG, StoreFiles
+from student_trainer.store_segments import Segment
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "manifest"
+FOLDED = f"{FOLDER}/folded.jsonl"
+"""Copies of entries, so that whoever opens the store need not fetch each of them. The entries themselves stay: they are what counts."""
+
+
+class Manifest:
+    """The segments of one store, as far as they were read. One thread may commit while others read."""
+
+    def __init__(self, files: StoreFiles) -> None:
+        self._files = files
+        self._refreshing = Lock()
+        self._log_read_to = 0
+        self._entries: dict[str, Segment | None] = {}
+        """Entry objects that were read; None for a damaged one."""
+        self._named: dict[str, Segment] = {}
+        """file -> the segment, in the order of reading; those that are replaced or gone too."""
+        self._units: dict[tuple[int, int], list[Segment]] = defaultdict(list)
+        self._gone: set[str] = set()
+        self._replaced_by: dict[str, set[str]] = defaultdict(set)
+
+    def live(self) -> list[Segment]:
+        """The segments that count."""
+        return [segment for segment in list(self._named.values()) if self._counts(segment)]
+
+    def of(self, view: int, shard: int) -> list[Segment]:
+        """Those of one image shard in one view."""
+        return [segment for segment in self.named_in(view, shard) if self._counts(segment)]
+
+    def named_in(self, view: int, shard: int) -> list[Segment]:
+        """All that were ever committed there, also those that are replaced or gone."""
+        return list(self._units.get((view, shard), ()))
+
+    def units(self) -> list[tuple[int, int]]:
+        """(view, shard) of everything that was ever committed, in order."""
+        return sorted(list(self._units))  # noqa: C414 - sorting takes its time, and another thread may add meanwhile
+
+    def gone(self) -> list[Segment]:
+        """Segments that are missing, cut off or in quarantine, and that no other one replaces."""
+        return [segment for file, segment in list(self._named.items()) if file in self._gone and not self._is_replaced(file)]
+
+    def replaced(self) -> list[Segment]:
+        """Segments whose labels are in another one."""
+        return [segment for file, segment in list(self._named.items()) if self._is_replaced(file)]
+
+    def drop(self, segment: Segment) -> None:
+        """Count it no more: its file is damaged or gone. What it had replaced counts again, where it is still there."""
+        self._gone.add(segment.file)
+
+    def refresh(self, view: int | None = None) -> list[Segment]:
+        """Take in what was committed since, in one view or in all, and return what of it counts.
+
+        A line cut off by a crash is none. One that lacks nothing but its line end counts: the next writer would end it, and its labels,
+        asked for again meanwhile, would be there twice.
+        """
+        with self._refreshing:
+            found = [segment for segment in (*self._new_lines(), *self._new_entries(view)) if segment.file not in self._named]
+            for segment in found:
+                self._named[segment.file] = segment
+                self._units[segment.view, segment.shard].append(segment)
+                for file in segment.replaces:
+                    self._replaced_by[file].add(segment.file)
+            sizes = self._files.sizes(segment.file for segment in found)
+            self._gone.update(segment.file for segment in found if sizes.get(segment.file) != segment.size_bytes)
+            for segment in found:
+                if segment.file in self._gone and not self._is_replaced(segment.file):
+                    # In quarantine since an earlier run, or cut off; counting it would make its rows look labelled.
+                    path = f"{self._files.where}/{segment.file}"
+                    logger.warning("label segment %s is gone or cut off; its labels are asked for again", path)
+            return [segment for segment in found if self._counts(segment)]
+
+    def append(self, segment: Segment) -> bool:
+        """Name a segment whose file is in its place. False: another writer committed to the same shard and view first; look at what it
+        wrote (`refresh`) and try again. Call it with the files locked, right after `refresh`."""
+        prefix = _stem(segment.view, segment.shard)
+        numbers = [int(name[len(prefix) :].split(".")[0].split("-")[0]) for name in self._entries if name.startswith(prefix)]
+        entry = self._files.entry_name(f"{prefix}{max(numbers, default=-1) + 1:06d}.json")
+        return self._files.append(entry, segment.model_dump_json(exclude_defaults=True).encode())
+
+    def fold(self) -> int:
+        """Write the copies that make opening fast; returns how many entries they cover."""
+        kept = {name: segment for name, segment in self._entries.items() if segment is not None}
+        lines = [json.dumps({"entry": name, "segment": segment.model_dump(mode="json")}) for name, segment in kept.items()]
+        if lines:
+            self._files.replace(FOLDED, "\n".join(lines).encode())
+        return len(lines)
+
+    def _counts(self, segment: Segment) -> bool:
+        return segment.file not in self._gone and not self._is_replaced(segment.file)
+
+    def _is_replaced(self, file: str) -> bool:
+        return any(by not in self._gone for by in tuple(self._replaced_by.get(file, ())))
+
+    def _new_lines(self) -> list[Segment]:
+        found = []
+        for line in self._files.log_after(self._log_read_to).splitlines(keepends=True):
+            segment = segment_of(line)
+            if segment is None and not line.endswith(b"\n"):
+                break
+            self._log_read_to += len(line)
+            if segment is not None:
+                found.append(segment)
+            elif line.strip():  # two halves of lines, from a crash in the middle of a write: that segment was never committed
+                path = f"{self._files.where}/{MANIFEST_LOG}"
+                logger.warning("a damaged line in %s is passed over; its labels will be asked for again", path)
+        return found
+
+    def _new_entries(self, view: int | None) -> list[Segment]:
+        names = self._files.names(FOLDER if view is None else f"{FOLDER}/view-{view:05d}")
+        before = len(self._entries)
+        if FOLDED in names and not self._entries:
+            self._unfold()
+        new = sorted(name for name in names.keys() - self._entries.keys() if name.endswith(".json"))
+        for name, data in self._files.read_many(new).items():
+            self._entries[name] = segment_of(data)
+            if self._entries[name] is None:
+                path = f"{self._files.where}/{name}"
+                logger.warning("the manifest entry %s is damaged and passed over; its labels will be asked for again", path)
+        return [segment for segment in islice(self._entries.values(), before, None) if segment is not None]
+
+    def _unfold(self) -> None:
+        for line in self._files.read(FOLDED).splitlines():
+            copy = json.loads(line)
+            self._entries[copy["entry"]] = Segment.model_validate(copy["segment"])
+
+
+def segment_of(line: bytes) -> Segment | None:
+    """The segment that a line or an entry of the manifest names, or None for anything else."""
+    try:
+        return Segment.model_validate_json(line)
+    except ValueError:
+        return None
+
+
+def _stem(view: int, shard: int) -> str:
+    return f"{FOLDER}/view-{view:05d}/shard-{shard:06d}."
+
+
+def total(segments: Iterable[Segment], field: str) -> int:
+    """Sum of one number over segments."""
+    return sum(getattr(segment, field) for segment in segments)

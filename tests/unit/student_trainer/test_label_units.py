@@ -1,0 +1,121 @@
+"""Several labelling jobs on one store, as processes of their own: the work is shared, and a killed one's part is done by the other."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from student_trainer.label_units import UnitDone, from_own_start, label_left, units_left
+from student_trainer.store import SoftLabelStore
+from student_trainer.store_claims import Claims
+from student_trainer.store_verify import verify
+
+JOB = Path(__file__).with_name("label_in_processes.py")
+NUM_VIEWS, NUM_SHARDS, SHARD = 5, 4, 6
+ALL = {(view, shard, row) for view in range(NUM_VIEWS) for shard in range(NUM_SHARDS) for row in range(SHARD)}
+
+
+def start(store: SoftLabelStore, claim_s: float, delay_s: float = 0.01) -> subprocess.Popen[str]:
+    rejected = Path(store.folder) / "rejected.jsonl"
+    arguments = [str(store.folder), store.identity.model_dump_json(), str(rejected), str(claim_s), str(delay_s)]
+    return subprocess.Popen([sys.executable, str(JOB), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(job: subprocess.Popen[str]) -> list[str]:
+    out, err = job.communicate(timeout=300)
+    assert job.returncode == 0, err
+    return out.splitlines()
+
+
+def asked(lines: list[str]) -> int:
+    return sum(int(line.split()[1]) for line in lines if line.startswith("asked"))
+
+
+def test_two_jobs_share_the_work(store: SoftLabelStore, held_by: Any) -> None:
+    jobs = [start(store, claim_s=600), start(store, claim_s=600)]
+    lines = [finish(job) for job in jobs]
+    assert held_by(store) == dict.fromkeys(ALL, 1)
+    assert asked(lines[0]) + asked(lines[1]) == len(ALL)  # nothing was asked for twice
+    assert all(told[-1] == "done" for told in lines)
+    done = [line.split() for told in lines for line in told if line.startswith("unit")]
+    assert sum(int(number) for *_, number in done) == len(ALL)
+    assert store.files.names("claims") == {}
+
+
+def test_a_killed_jobs_part_is_done_by_the_other(store: SoftLabelStore, held_by: Any) -> None:
+    """kill -9 in the middle of a unit; the other finishes everything, every label once, at most the unit in flight asked for again."""
+    victim = start(store, claim_s=600, delay_s=0.02)
+    assert victim.stdout is not None
+    told = []
+    while sum(line.startswith("unit") for line in told) < 2 or told[-1].startswith("unit"):  # then a unit has begun
+        told.append(victim.stdout.readline())
+    survivor = start(store, claim_s=600)
+    victim.kill()
+    rest, _ = victim.communicate(timeout=60)
+    told += rest.splitlines()
+    lines = finish(survivor)
+    assert lines[-1] == "done"
+    assert held_by(store) == dict.fromkeys(ALL, 1)
+    assert len(ALL) <= asked(told) + asked(lines) <= len(ALL) + SHARD
+    found = verify(SoftLabelStore(store.folder, store.identity))
+    assert found.problems == []
+    again = finish(start(store, claim_s=600))
+    assert asked(again) == 0
+
+
+def test_units_that_another_job_is_at_are_waited_for_and_not_done_twice(store: SoftLabelStore) -> None:
+    """The other job, here: a claim, and then labels that appear."""
+    other = Claims(store.files, 600)
+    assert other.take(0, 1)
+    pauses: list[float] = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 3:
+            commit(store, 1)
+            other.release(0, 1)
+
+    tried: list[list[tuple[int, int]]] = []
+
+    def run(units: list[tuple[int, int]]) -> Any:
+        tried.append(sorted(units))
+        for view, shard in units:
+            if shard == 1:
+                yield (view, shard), UnitDone(0, 0, is_others=True)
+            else:
+                commit(store, shard)
+                yield (view, shard), UnitDone(2, 2)
+
+    done = dict(label_left(SoftLabelStore(store.folder, store.identity), [2, 2, 2], 1, "me", run, pause=pause))
+    assert done == {(0, 0): UnitDone(2, 2), (0, 1): UnitDone(2, 0), (0, 2): UnitDone(2, 2)}
+    assert tried == [[(0, 0), (0, 1), (0, 2)]]
+    assert len(pauses) == 3
+
+
+def commit(store: SoftLabelStore, shard: int) -> None:
+    import numpy as np
+
+    from distill.soft_labels import encode
+
+    records = encode(np.eye(10, dtype=np.float32)[:2], (1.0,), 0.02)
+    SoftLabelStore(store.folder, store.identity).commit(0, shard, [0, 1], ["a", "b"], records, (1.0,))
+
+
+@pytest.mark.parametrize("owner", ["a", "b", "c"])
+def test_every_job_begins_at_a_place_of_its_own_and_leaves_nothing_out(owner: str) -> None:
+    units = [(0, shard) for shard in range(100)]
+    mine = from_own_start(units, owner)
+    assert Counter(mine) == Counter(units)
+    assert mine == from_own_start(units, owner)
+    assert mine[0] not in {from_own_start(units, other)[0] for other in {"a", "b", "c"} - {owner}}
+
+
+def test_units_with_a_label_missing_are_left(store: SoftLabelStore) -> None:
+    commit(store, 1)
+    store.refresh()
+    assert units_left(store, [2, 2, 3], 2) == [(0, 0), (0, 2), (1, 0), (1, 1), (1, 2)]

@@ -1,0 +1,114 @@
+"""Claims on units of labelling: one owner at a time, a dead one's are taken over, a living one's are not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from student_trainer import store_claims
+from student_trainer.store_claims import Claims
+from student_trainer.store_files import StoreFiles, open_files
+
+LONG_S = 600.0
+
+
+@pytest.fixture(params=["folder", "memory"])
+def files(request: pytest.FixtureRequest, tmp_path: Path) -> StoreFiles:
+    return open_files(tmp_path if request.param == "folder" else f"memory://{uuid.uuid4().hex}")
+
+
+def until(happens: Callable[[], bool], limit_s: float = 60) -> None:
+    end = time.monotonic() + limit_s
+    while not happens():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.02)
+
+
+def test_a_unit_has_one_owner_until_it_is_given_back(files: StoreFiles) -> None:
+    with Claims(files, LONG_S) as one, Claims(files, LONG_S) as other:
+        assert one.take(0, 1)
+        assert not other.take(0, 1)
+        assert not one.take(0, 1)
+        assert not other.is_free(0, 1)
+        assert other.take(0, 2)
+        assert other.take(1, 1)
+        one.release(0, 1)
+        assert other.is_free(0, 1)
+        assert other.take(0, 1)
+    assert files.names("claims") == {}
+
+
+def test_of_many_that_want_it_at_once_one_gets_it(files: StoreFiles) -> None:
+    claimants = [Claims(files, LONG_S) for _ in range(8)]
+    start = threading.Barrier(len(claimants))
+    got: list[bool] = []
+
+    def work(claims: Claims) -> None:
+        start.wait(30)
+        got.append(claims.take(3, 4))
+
+    threads = [threading.Thread(target=work, args=(claims,)) for claims in claimants]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(got) == [False] * 7 + [True]
+
+
+def test_a_claim_that_beats_is_kept_however_long_it_takes(files: StoreFiles) -> None:
+    with Claims(files, lease_s=0.6) as owner, Claims(files, lease_s=0.6) as watcher:
+        assert owner.take(0, 0)
+        end = time.monotonic() + 2.5
+        while time.monotonic() < end:
+            if watcher.is_free(0, 0):  # only a machine that stood still for a lease may make it look so
+                pytest.skip("this machine is too slow for a lease of 0.6 s")
+            time.sleep(0.05)
+
+
+def test_a_claim_that_says_nothing_more_is_taken_over_by_one(files: StoreFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an owner on another machine, so that only its silence tells."""
+    monkeypatch.setattr(store_claims, "_machine", lambda: "elsewhere")
+    silent = Claims(files, LONG_S)
+    assert silent.take(0, 0)
+    monkeypatch.undo()
+    with Claims(files, lease_s=0.3) as one, Claims(files, lease_s=0.3) as other:
+        assert not one.take(0, 0)
+        until(lambda: one.take(0, 0))
+        assert not other.take(0, 0)
+        one.release(0, 0)
+        assert files.names("claims") == {}
+        silent.close()  # it wakes up and gives back what is no longer its own
+        assert other.take(0, 0)
+
+
+def test_the_claim_of_a_killed_process_of_this_machine_is_over_at_once(tmp_path: Path) -> None:
+    program = (
+        "import sys, time\n"
+        "from student_trainer.store_claims import Claims\n"
+        "from student_trainer.store_files import open_files\n"
+        "assert Claims(open_files(sys.argv[1]), 600.0).take(0, 0)\n"
+        "print('taken', flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=dict(os.environ))
+    try:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "taken\n"
+        with Claims(open_files(tmp_path), LONG_S) as claims:
+            assert not claims.take(0, 0)
+            child.kill()
+            child.wait()
+            assert claims.take(0, 0)
+    finally:
+        child.kill()
+        child.wait()
+        assert child.stdout is not None
+        child.stdout.close()
