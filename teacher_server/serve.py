@@ -1,4 +1,5 @@
-"""Starts what a run needs to be answered: a teacher (Triton, or ONNX Runtime in this process) and the REST gateway before it.
+"""Starts what a run needs to be answered: a teacher (Triton, or ONNX Runtime in this process) and the REST gateway before it; or finds the
+teachers that run elsewhere.
 
 Flow: settings + model repository -> `open_backend` -> a running teacher and its address -> `Gateway` -> REST on a port.
 Unit of data: one served teacher. Both are context managers: whatever ends the block ends the servers, the gateway first.
@@ -6,6 +7,7 @@ Unit of data: one served teacher. Both are context managers: whatever ends the b
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import signal
 import socket
@@ -19,7 +21,7 @@ from typing import Any, Literal, Self
 
 import uvicorn
 
-from distill.errors import DistillError, ServerStartError
+from distill.errors import DistillError, ServerStartError, TeacherUnavailable
 from teacher_server.address import TeacherAddress, open_teacher
 from teacher_server.backend import TeacherBackend
 from teacher_server.settings import ServerSettings
@@ -39,7 +41,7 @@ logger = logging.getLogger(__name__)
 class ServedTeacher:
     """A teacher that answers now. `connect()` gives a new client for the event loop that first asks it; its user closes it."""
 
-    backend_kind: Literal["triton", "embedded"]
+    backend_kind: Literal["triton", "embedded", "pool"]
     address: TeacherAddress
     """For workers in other processes."""
     connect: Callable[[], TeacherBackend]
@@ -50,18 +52,28 @@ class ServedTeacher:
 
     @property
     def triton_url(self) -> str | None:
-        """host:port of Triton's gRPC endpoint, None for an embedded teacher."""
+        """host:port of Triton's gRPC endpoint, None for an embedded teacher and for a pool."""
         return self.address.triton_url
 
 
 @contextmanager
-def open_backend(settings: ServerSettings, repository: Path, name: str, log_dir: Path) -> Iterator[ServedTeacher]:
+def open_backend(
+    settings: ServerSettings, repository: Path, name: str, log_dir: Path, *, fingerprint: str | None = None
+) -> Iterator[ServedTeacher]:
     """A running teacher, as `settings.backend` wants it; it ends with the block.
 
+    Args:
+        fingerprint: the teacher whose labels workers want; of `pool.urls` those with another one are refused.
+
     Raises:
-        ServerStartError: Triton was asked for and cannot run or did not come up, or the one at `triton.url` gives no label.
+        ServerStartError: Triton was asked for and cannot run or did not come up, the one at `triton.url` gives no label, or none of
+            `pool.urls` does.
+        FingerprintMismatch: all of `pool.urls` are other teachers than the one that is wanted.
         StageMissing: an embedded teacher is wanted and the repository has no such model.
     """
+    if settings.pool.urls:
+        yield _pool(settings, name, fingerprint)
+        return
     if settings.backend != "embedded" and settings.triton.url:
         yield _remote(settings, settings.triton.url, name)
         return
@@ -98,6 +110,25 @@ def _remote(settings: ServerSettings, url: str, name: str) -> ServedTeacher:
     except DistillError as error:
         raise ServerStartError(f"the Triton of server.triton.url gives no label: {error}") from error
     return ServedTeacher("triton", address, lambda: _for_gateway(address, settings))
+
+
+def _pool(settings: ServerSettings, name: str, fingerprint: str | None) -> ServedTeacher:
+    timeout_s = settings.triton.request_timeout_s
+    address = TeacherAddress(model=name, pool=settings.pool, fingerprint=fingerprint, request_timeout_s=timeout_s)
+    try:
+        asyncio.run(_first_answer(address))
+    except TeacherUnavailable as error:
+        raise ServerStartError(f"no teacher of server.pool.urls gives a label: {error}") from error
+    # The gateway follows when all of them are changed over to another version.
+    return ServedTeacher("pool", address, lambda: _for_gateway(address.replace(fingerprint=None), settings))
+
+
+async def _first_answer(address: TeacherAddress) -> None:
+    teacher = open_teacher(address)
+    try:
+        await teacher.info()  # a member of a pool is in when a label came out of it
+    finally:
+        await teacher.close()
 
 
 @contextmanager

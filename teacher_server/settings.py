@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from distill.config import Section
 
@@ -20,6 +20,29 @@ class TritonSettings(Section):
     """How long a started server may take until a label comes out."""
     request_timeout_s: float = Field(default=30, gt=0)
     """Deadline of one request."""
+
+
+class PoolSettings(Section):
+    """Several running teachers asked as one: each request goes where it will be answered soonest, and elsewhere if it fails."""
+
+    urls: list[str] = Field(default_factory=list)
+    """Where they are: `host:port` (Triton, gRPC), or the URL of a gateway of ours (`https://...`; its key is in $DISTILL_API_KEY). All must
+    serve the same teacher: one with another fingerprint is refused and named, the others go on."""
+    max_in_flight: int = Field(default=64, ge=1)
+    """Most requests (of about 1.2 MB at most) under way at one of them. How many there are really is found from its answers."""
+    latency_tolerance: float = Field(default=2.5, gt=1)
+    """More requests go to a teacher while its latency stays below so many times that of a request with nobody waiting."""
+    latency_slack_ms: float = Field(default=20, ge=0)
+    """Or while it stays below that by so many ms: teachers that answer very fast need more requests to make full batches of."""
+    longest_pause_s: float = Field(default=5, gt=0)
+    """One that gives no answer is asked for a label again and again, after pauses that grow to this."""
+
+    @field_validator("urls")
+    @classmethod
+    def _no_url_twice(cls, urls: list[str]) -> list[str]:
+        if len(set(urls)) < len(urls):
+            raise ValueError("a url is named twice")
+        return urls
 
 
 class TenantQuota(Section):
@@ -50,6 +73,8 @@ class ServerSettings(Section):
     """Threads of an embedded teacher; 0 lets ONNX Runtime decide. (Triton's are teacher.repository.intra_op_threads.)"""
     triton: TritonSettings = TritonSettings()
     """How Triton is found, started and asked."""
+    pool: PoolSettings = PoolSettings()
+    """Several running teachers instead of one Triton; used where `pool.urls` names any."""
     host: str = "127.0.0.1"
     """Address that the gateway listens on."""
     port: int = Field(default=8080, ge=0, le=65535)
@@ -79,6 +104,13 @@ class ServerSettings(Section):
     15 bytes a pixel and less, 750 MB by default."""
     max_batch: int = Field(default=1024, ge=1)
     """Most images in one request; over it the answer is 413."""
+
+    @model_validator(mode="after")
+    def _one_way_to_the_teacher(self) -> Self:
+        if self.pool.urls and (self.triton.url or self.backend == "embedded"):
+            other = "triton.url" if self.triton.url else "backend: embedded"
+            raise ValueError(f"pool.urls and {other} both say where the teacher is; give one of them")
+        return self
 
     @model_validator(mode="after")
     def _limits_fit_together(self) -> Self:
