@@ -12,16 +12,17 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from distill.config import Section
 from distill.decoding import MAX_PIXELS, decode_image
 from distill.errors import ImageError
+from distill.mixing import MixingRecipe
 
 __all__ = [
     "MAX_PIXELS",
@@ -63,6 +64,16 @@ class CropRecipe(Section):
     """Centre crop: the shorter side is resized to image_size / crop_ratio, then the centre is cut."""
     interpolation: Interpolation = "bilinear"
     """Filter of the resize; both filters average over the source when they shrink."""
+    mixing: MixingRecipe = MixingRecipe()
+    """What is done to two crops before the teacher sees one."""
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_used(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Unmixed crops are the same as before there was mixing, and so is what names their labels: those kept since then are found."""
+        fields: dict[str, Any] = write(self)
+        if not self.mixing.mixes:
+            fields.pop("mixing", None)
+        return fields
 
     @model_validator(mode="after")
     def _ranges_are_in_order(self) -> Self:
@@ -94,10 +105,14 @@ class Box:
     bottom: float
 
 
-def random_generator(key: CropKey) -> np.random.Generator:
-    """The random numbers of one crop: Philox, seeded by a 128-bit BLAKE2b of the key. Python's own hash() differs between processes."""
+def random_generator(key: CropKey, purpose: bytes = b"distill.crop") -> np.random.Generator:
+    """The random numbers of one crop: Philox, seeded by a 128-bit BLAKE2b of the key. Python's own hash() differs between processes.
+
+    Args:
+        purpose: at most 16 bytes; what one purpose draws never moves the numbers of another.
+    """
     text = f"{key.seed}\x00{key.view}\x00{key.image_id}"
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16, person=b"distill.crop").digest()
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16, person=purpose).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 

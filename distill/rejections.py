@@ -6,6 +6,7 @@ write, which the kernel does not mix with another's. The share of bad images is 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import Counter
@@ -36,7 +37,9 @@ class RejectionLog:
         self.max_share = max_share
         self.min_seen = min_seen
         self._num_seen = 0
-        self._reason_of: dict[str, str] = {}
+        self._listed: set[bytes] = set()
+        """Eight bytes for each image refused: of a billion images a share may be many, and their ids would be held for the whole run."""
+        self._reasons: Counter[str] = Counter()
         self._file: int | None = None
         self._lock = Lock()
 
@@ -48,9 +51,11 @@ class RejectionLog:
     def reject(self, image_id: str, reason: str) -> None:
         """List an image. The same image again, in a later epoch, changes nothing."""
         with self._lock:
-            if image_id in self._reason_of:
+            name = hashlib.blake2b(image_id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+            if name in self._listed:
                 return
-            self._reason_of[image_id] = reason
+            self._listed.add(name)
+            self._reasons[reason] += 1
             line = json.dumps({"image_id": image_id, "reason": reason}).encode() + b"\n"
             if self._file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,12 +70,12 @@ class RejectionLog:
     @property
     def num_rejected(self) -> int:
         """Images refused so far."""
-        return len(self._reason_of)
+        return len(self._listed)
 
     def counts(self) -> Counter[str]:
         """Images refused so far, by reason."""
         with self._lock:
-            return Counter(self._reason_of.values())
+            return self._reasons.copy()
 
     def check(self) -> None:
         """Stop a job whose images are bad; call it once a batch.

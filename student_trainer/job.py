@@ -55,14 +55,21 @@ class TrainJob(Section):
 
     @property
     def recipe(self) -> CropRecipe:
-        """How training crops are cut."""
+        """How the crops that the teacher is asked about are cut and mixed."""
+        return self.plain_recipe.replace(mixing=self.train.mixing) if self.train.mixing.mixes else self.plain_recipe
+
+    @property
+    def plain_recipe(self) -> CropRecipe:
+        """How the crops of labelled images are cut: a class id says nothing about a mixture."""
         return CropRecipe(kind="random_resized", image_size=self.data.image_size, min_area=self.train.min_area)
 
     @property
     def rules(self) -> LabelRules:
         """How labels are read and kept."""
         temperatures = tuple(sorted({*self.store.temperatures, self.train.temperature}))
-        return LabelRules(self.train.temperature, temperatures, self.store.max_tv, self.train.teacher_patience_s)
+        # Batches come from the window's shards and, at its end, from those of the next.
+        views_held = 2 * self.data.window_shards * self.train.crops_per_decode
+        return LabelRules(self.train.temperature, temperatures, self.store.max_tv, self.train.teacher_patience_s, views_held)
 
     @property
     def mixes_labels(self) -> bool:
@@ -90,7 +97,14 @@ class TrainJob(Section):
     def loading(self, images: Source) -> LoaderSettings:
         """How `images`, from `open_images`, are cut into batches. Few labelled images are one batch; there they are all the images."""
         batch = min(self.train.global_batch, images.num_images) if self._only_labelled else self.train.global_batch
-        return LoaderSettings(self.seed, batch, self.data.window_shards, num_threads=self.data.num_threads)
+        return LoaderSettings(
+            self.seed,
+            batch,
+            self.data.window_shards,
+            num_threads=self.data.num_threads,
+            crops_per_decode=1 if self.objective == "labels" else self.train.crops_per_decode,
+            mixing_cache_bytes=self.train.mixing_cache_mib * 2**20,
+        )
 
     def steps_per_epoch(self) -> int:
         """Steps of one pass over `open_images`.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,15 +21,17 @@ from distill.sources import Source
 from student_trainer.job import TrainJob
 from student_trainer.labelled_images import labelled_batches
 from student_trainer.loss import Lesson
-from student_trainer.store import SoftLabelStore
+from student_trainer.open_store import open_label_store
 from student_trainer.stream import LabelledBatch, LabelledStream, PlainStream, Stream
+from student_trainer.weighting import certificate_weights, entropy_weights
 from teacher_server.address import open_teacher
 
 
 class Lessons:
     """One worker's lessons. Made by `open_lessons`."""
 
-    def __init__(self, stream: Stream, labelled: Iterator[CropBatch] | None, worker: Worker) -> None:
+    def __init__(self, job: TrainJob, stream: Stream, labelled: Iterator[CropBatch] | None, worker: Worker) -> None:
+        self._weighting, self._rules = job.train.weighting, job.rules
         self.stream = stream
         self._labelled = labelled
         self._worker = worker
@@ -58,25 +59,43 @@ class Lessons:
         parts = [batch.crops] if labelled is None else [batch.crops, labelled]
         crops_BHWC = self._put(np.concatenate([part.crops_VBHWC[0] for part in parts]))
         if batch.logits_BK is None:
-            (share,) = self._shares(len(batch.crops.image_ids))
-            return Lesson(crops_BHWC, labels_L=self._put(batch.crops.labels_B), labels_share=share)
+            own, everyones = self._sums(len(batch.crops.image_ids))
+            return Lesson(crops_BHWC, labels_L=self._put(batch.crops.labels_B), labels_share=self._share(own[0], everyones[0]))
         teacher_UK = self._put(batch.logits_BK)
-        if labelled is None:
-            (share,) = self._shares(len(teacher_UK))
-            return Lesson(crops_BHWC, teacher_UK, teacher_share=share)
-        labels_L = self._put(labelled.labels_B)
-        teacher_share, labels_share = self._shares(len(teacher_UK), len(labels_L))
-        return Lesson(crops_BHWC, teacher_UK, labels_L, teacher_share, labels_share)
+        labels_L = None if labelled is None else self._put(labelled.labels_B)
+        weights_U = self._weights(batch, teacher_UK)
+        num_labels, weight = 0 if labels_L is None else len(labels_L), 0.0 if weights_U is None else weights_U.sum().item()
+        own, (taught, labels, total) = self._sums(len(teacher_UK), num_labels, weight)
+        return Lesson(
+            crops_BHWC,
+            teacher_UK,
+            labels_L,
+            weights_U=None if weights_U is None else weights_U * (taught / (total or 1.0)),
+            teacher_share=self._share(own[0], taught),
+            labels_share=self._share(own[1], labels),
+        )
+
+    def _weights(self, batch: LabelledBatch, teacher_UK: torch.Tensor) -> torch.Tensor | None:
+        """How much each image counts, before the mean is made 1; None where all count alike."""
+        if self._weighting == "none":
+            return None
+        if self._weighting == "entropy":
+            return entropy_weights(teacher_UK, self._rules.temperature)
+        assert batch.tv_B is not None
+        return certificate_weights(self._put(batch.tv_B), self._rules.max_tv)
 
     def _put(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._worker.device)
 
-    def _shares(self, *counts: int) -> list[float]:
-        """World times this worker's share of all images, for each count of images; 1 where the parts are equal."""
+    def _sums(self, *own: float) -> tuple[tuple[float, ...], list[float]]:
+        """These numbers of this worker, and their sums over all workers."""
         if self._worker.world == 1:
-            return [1.0] * len(counts)
-        own = torch.tensor(counts, dtype=torch.float32, device=self._worker.device)
-        return (own * self._worker.world / sum_over_workers(own).clamp(min=1)).tolist()
+            return own, list(own)
+        return own, sum_over_workers(torch.tensor(own, dtype=torch.float64, device=self._worker.device)).tolist()
+
+    def _share(self, own: float, everyones: float) -> float:
+        """World times this worker's share of all images: what makes the average over workers one over images."""
+        return own * self._worker.world / max(1, everyones)
 
 
 @contextmanager
@@ -92,24 +111,23 @@ def open_lessons(job: TrainJob, images: Source, rejections: RejectionLog, worker
         if job.mixes_labels:
             first_step = epoch * stream.loader.plan(0).num_steps + step
             labelled = stack.enter_context(closing(_open_labelled(job, rejections, worker, first_step)))
-        yield Lessons(stream, labelled, worker)
+        yield Lessons(job, stream, labelled, worker)
 
 
 def _open_stream(job: TrainJob, images: Source, rejections: RejectionLog, worker: Worker) -> AbstractContextManager[Stream]:
     settings, views = job.loading(images), job.train.num_views
     if job.objective == "labels":
-        return nullcontext(PlainStream(CropLoader(images, job.recipe, settings, lambda e: (e,), rejections, worker.rank, worker.world)))
+        plain = CropLoader(images, job.plain_recipe, settings, lambda e: (e,), rejections, worker.rank, worker.world)
+        return nullcontext(PlainStream(plain))
     assert job.teacher is not None
-    assert job.store_folder is not None
-    assert job.store_identity is not None
     address = job.teacher
     loader = CropLoader(images, job.recipe, settings, lambda e: (e % views,), rejections, worker.rank, worker.world)
-    store = SoftLabelStore(Path(job.store_folder), job.store_identity)
+    store = open_label_store(job)
     return LabelledStream(loader, store, lambda: open_teacher(address), job.rules, job.train.requests_in_flight)
 
 
 def _open_labelled(job: TrainJob, rejections: RejectionLog, worker: Worker, first_step: int) -> Generator[CropBatch]:
     source = job.open_labelled()
     # As in the control, every pass cuts new crops: nobody is asked about them.
-    loader = CropLoader(source, job.recipe, job.labelled_loading(source), lambda e: (e,), rejections, worker.rank, worker.world)
+    loader = CropLoader(source, job.plain_recipe, job.labelled_loading(source), lambda e: (e,), rejections, worker.rank, worker.world)
     return labelled_batches(loader, first_step)

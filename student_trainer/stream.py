@@ -22,6 +22,7 @@ from distill.loader import CropBatch, CropLoader
 from distill.soft_labels import FloatArray
 from student_trainer.label_path import LabelPath, LabelRules
 from student_trainer.store import SoftLabelStore
+from student_trainer.unanswerable import answerable
 from student_trainer.waits import Waits
 from teacher_server.backend import TeacherBackend
 
@@ -38,6 +39,8 @@ class LabelledBatch:
     crops: CropBatch
     logits_BK: FloatArray | None
     """The teacher's logits; None for the control, which trains on the labels of the crops."""
+    tv_B: FloatArray | None
+    """float32 bound of each label's total-variation error at the job's temperature; None for the control."""
     num_asked: int
     """How many of the labels came from the teacher; the others were in the store."""
 
@@ -151,13 +154,21 @@ class LabelledStream:
         self._labelling.add(task)
         try:
             async with self._slots:
-                logits_BK, num_asked = await self.path.labels(batch)
+                batch, labels = await answerable(self.path, batch, self.loader.rejections)
         finally:
             self._labelling.discard(task)
-        return LabelledBatch(batch, logits_BK, num_asked)
+        return LabelledBatch(batch, labels.logits_BK, labels.tv_B, labels.num_asked)
 
     async def _refresh(self) -> None:
         self.path.refresh()
+
+    def label(self, batch: CropBatch) -> LabelledBatch:
+        """A batch outside the plan, labelled through the store like the others, at once.
+
+        Raises:
+            what the label path raises.
+        """
+        return self._on_loop(self._label(batch))
 
     def commit(self) -> None:
         """Commit every label that was asked for so far."""
@@ -186,9 +197,8 @@ class LabelledStream:
             task.cancel()
         await asyncio.gather(*self._labelling, return_exceptions=True)
         try:
-            self.path.commit()
+            await self.path.close()
         finally:
-            await self.path.teacher.close()
             await self._loop.shutdown_default_executor()
 
     def _stop_loop(self) -> None:
@@ -210,7 +220,7 @@ class PlainStream:
         for crops in self.loader.epoch(epoch, start_step):
             handed_at = time.monotonic()
             self.waits = self.waits.plus("decode", handed_at - asked_at)
-            yield LabelledBatch(crops, None, 0)
+            yield LabelledBatch(crops, None, None, 0)
             asked_at = time.monotonic()
             self.waits = self.waits.plus("student", asked_at - handed_at)
 

@@ -10,6 +10,7 @@ import posixpath
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import itemgetter
 from typing import IO, Any
 
 from fsspec.core import url_to_fs
@@ -72,8 +73,10 @@ def is_folder(url: str) -> bool:
         return bool(file_system.isdir(path))
 
 
-def walk_files(url: str) -> list[tuple[str, int]]:
+def walk_files(url: str) -> Iterator[tuple[str, int]]:
     """(path below the folder, size in bytes) of every file, hidden ones and those in hidden folders left out; sorted by path.
+
+    Of a local folder, memory holds the names of one folder and of those above it, not the whole list.
 
     Raises:
         SourceError: the folder cannot be listed.
@@ -81,29 +84,36 @@ def walk_files(url: str) -> list[tuple[str, int]]:
     file_system, root = filesystem_of(url)
     root = root.rstrip("/") or "/"
     with refused(url):
-        found = _walk_local(root) if isinstance(file_system, LocalFileSystem) else _walk_remote(file_system, root)
-        return sorted((path, size) for path, size in found if not any(part.startswith(".") for part in path.split("/")))
+        yield from _walk_local(root, "", set()) if isinstance(file_system, LocalFileSystem) else _walk_remote(file_system, root)
 
 
 def _walk_remote(file_system: Any, root: str) -> Iterator[tuple[str, int]]:
-    for path, info in file_system.find(root, detail=True).items():
-        yield posixpath.relpath(path, root), int(info.get("size") or 0)
+    files = file_system.find(root, detail=True)
+    for path, info in sorted((posixpath.relpath(path, root), info) for path, info in files.items()):
+        if not any(part.startswith(".") for part in path.split("/")):
+            yield path, int(info.get("size") or 0)
 
 
-def _walk_local(root: str) -> Iterator[tuple[str, int]]:
-    """Follows links to folders, which fsspec would leave out and subsets are often made of; each real folder once, so that a loop ends."""
-    walked: set[str] = set()
-    for folder, folders, files in os.walk(root, followlinks=True, onerror=_raise):
-        walked.add(os.path.realpath(folder))
-        folders[:] = sorted(name for name in folders if os.path.realpath(os.path.join(folder, name)) not in walked)
-        for name in files:
-            path = os.path.join(folder, name)
-            if os.path.isfile(path):  # neither a broken link nor a socket
-                yield os.path.relpath(path, root).replace(os.sep, "/"), os.path.getsize(path)
+def _walk_local(root: str, below: str, walked: set[str]) -> Iterator[tuple[str, int]]:
+    """Follows links to folders, which fsspec would leave out and subsets are often made of; each real folder once, so that a loop ends.
 
-
-def _raise(error: OSError) -> None:
-    raise error
+    Args:
+        below: where in `root` to begin: empty, or a path that ends in a slash.
+        walked: real paths of the folders that are done or being walked.
+    """
+    folder = os.path.join(root, below)
+    walked.add(os.path.realpath(folder))
+    with os.scandir(folder) as entries:
+        shown = [entry for entry in entries if not entry.name.startswith(".")]
+        # None: neither a file nor a folder, but a broken link or a socket.
+        size_of = {e.name + "/" if e.is_dir() else e.name: e.stat().st_size if e.is_file() else None for e in shown}
+    fresh = {name for name in size_of if name.endswith("/") and os.path.realpath(os.path.join(folder, name)) not in walked}
+    # The paths of a folder begin with its name and a slash: sorted so, what is found in it lies where all paths together have it.
+    for name, size_bytes in sorted(size_of.items(), key=itemgetter(0)):
+        if name in fresh:
+            yield from _walk_local(root, below + name, walked)
+        elif size_bytes is not None:
+            yield below + name, size_bytes
 
 
 def short_names(urls: list[str]) -> list[str]:

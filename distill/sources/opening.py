@@ -5,7 +5,7 @@ Unit of data: one `open_source` call.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from distill.errors import SourceError
 from distill.sources.files import expand, is_folder, walk_files
@@ -48,13 +48,13 @@ def open_source(
     urls = expand(path)
     if len(urls) == 1 and is_folder(urls[0]):
         folder = urls[0].rstrip("/")
-        files = walk_files(folder)
-        images = [(name, size) for name, size in files if name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS]
-        if images:
-            from distill.sources.folder import open_folder
+        data_files: list[str] = []
+        from distill.sources.folder import open_folder
 
-            return open_folder(folder, images, names, records_per_shard)
-        urls = _data_files_in(path, folder, [name for name, _ in files])
+        source = open_folder(folder, _images_below(folder, data_files), names, records_per_shard)
+        if source.num_images:
+            return source
+        urls = _data_files_in(path, folder, data_files)
     if all(url.endswith(_TAR_ENDINGS) for url in urls):
         from distill.sources.tar_shards import open_tar_shards
 
@@ -64,6 +64,15 @@ def open_source(
 
         return open_parquet(urls, Columns(image_column, label_column, id_column), names)
     raise SourceError(f"{path} is not {_KINDS}")
+
+
+def _images_below(folder: str, data_files: list[str]) -> Iterator[tuple[str, int]]:
+    """(path below the folder, size in bytes) of each image; what may be a table or a shard is put into `data_files` on the way."""
+    for name, size_bytes in walk_files(folder):
+        if name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS:
+            yield name, size_bytes
+        elif name.endswith((_PARQUET_ENDING, *_TAR_ENDINGS)):
+            data_files.append(name)
 
 
 def _data_files_in(path: str, folder: str, names: list[str]) -> list[str]:

@@ -7,7 +7,7 @@ import itertools
 import json
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +15,10 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from distill.crops import CropKey, CropRecipe, crop_image, decode_image
+from distill.crops import CropKey, CropRecipe, crop_image, decode_image, random_generator
 from distill.errors import ConfigError, SourceError, TooManyRejected
 from distill.loader import UNLABELLED, CropBatch, CropLoader, LoaderSettings
+from distill.mixing import MixingRecipe, mix, partner_cycle
 from distill.rejections import RejectionLog
 from distill.sources import ImageRecord, ShardInfo
 
@@ -148,6 +149,198 @@ class TestBatches:
         source = MemorySource((4,))
         loader = CropLoader(source, RECIPE, LoaderSettings(0, 4), lambda epoch: (2 * epoch, 2 * epoch + 1), log)
         assert [next(loader.epoch(epoch)).views for epoch in range(3)] == [(0, 1), (2, 3), (4, 5)]
+
+
+Pixels = dict[tuple[int, int, int], bytes]
+
+
+def pixels_by_key(batches: Iterable[CropBatch]) -> Pixels:
+    """(view, shard, row) -> the crop's bytes; nothing may come twice."""
+    found: Pixels = {}
+    for batch in batches:
+        for v, view in enumerate(batch.views):
+            for b, (shard, row) in enumerate(batch.rows.tolist()):
+                assert (view, shard, row) not in found
+                found[view, shard, row] = batch.crops_VBHWC[v, b].tobytes()
+    return found
+
+
+def stepwise(
+    source: MemorySource,
+    log: RejectionLog,
+    crops_per_decode: int,
+    mixing: MixingRecipe | None = None,
+    rank: int = 0,
+    world: int = 1,
+    **more: int,
+) -> CropLoader:
+    """A loader as the student trainer uses it: epoch e trains on view e."""
+    recipe = RECIPE.replace(mixing=mixing) if mixing else RECIPE
+    chosen = {"seed": 5, "global_batch": 4, "window_shards": 2, "drop_last": True, "crops_per_decode": crops_per_decode, **more}
+    return CropLoader(source, recipe, LoaderSettings(**chosen), lambda epoch: (epoch,), log, rank, world)  # type: ignore[arg-type]
+
+
+def count_decodes(monkeypatch: pytest.MonkeyPatch) -> Counter[bytes]:
+    decoded: Counter[bytes] = Counter()
+
+    def counting(data: bytes) -> npt.NDArray[np.uint8]:
+        decoded[data] += 1
+        return decode_image(data)
+
+    monkeypatch.setattr("distill.loader.decode_image", counting)
+    return decoded
+
+
+class TestSeveralCropsOfOneDecode:
+    """14 images in batches of 4 are 3 steps an epoch."""
+
+    SIZES = (5, 6, 3)
+
+    def epochs(self, log: RejectionLog, per_decode: int, num_epochs: int, **more: int) -> list[list[CropBatch]]:
+        loader = stepwise(MemorySource(self.SIZES), log, per_decode, **more)
+        return [list(loader.epoch(epoch)) for epoch in range(num_epochs)]
+
+    @pytest.mark.parametrize("per_decode", [2, 3, 4])
+    def test_a_pass_gives_the_batches_of_its_epochs_decode_by_decode(self, log: RejectionLog, per_decode: int) -> None:
+        """Decode batch d of pass p is batch d of the plan of p; its crops are steps m d to m d + m - 1, in the views of the m epochs."""
+        found = self.epochs(log, per_decode, 2 * per_decode)
+        assert [[batch.step for batch in epoch] for epoch in found] == [[0, 1, 2]] * (2 * per_decode)
+        assert [batch.epoch for epoch in found for batch in epoch] == [e for e in range(2 * per_decode) for _ in range(3)]
+        source = MemorySource(self.SIZES)
+        for pass_ in range(2):
+            plain = stepwise(source, log, 1)
+            batches = list(itertools.chain(*found[pass_ * per_decode : (pass_ + 1) * per_decode]))
+            for at, batch in enumerate(batches):
+                decode, which = divmod(at, per_decode)
+                rows = list(plain.plan(pass_).batches())[decode][1]
+                view = pass_ * per_decode + which
+                np.testing.assert_array_equal(batch.rows, rows)
+                assert batch.views == (view,)
+                for crop, (shard, row) in zip(batch.crops_VBHWC[0], rows.tolist(), strict=True):
+                    record = source.record(shard, row)
+                    expected = crop_image(decode_image(record.data), CropKey(5, view, record.image_id), RECIPE)
+                    np.testing.assert_array_equal(crop, expected)
+
+    @pytest.mark.parametrize("per_decode", [2, 3, 4])
+    def test_as_many_images_and_no_batch_holds_one_twice(self, log: RejectionLog, per_decode: int) -> None:
+        found = list(itertools.chain(*self.epochs(log, per_decode, 2 * per_decode)))
+        assert len(pixels_by_key(found)) == 2 * per_decode * 12
+        assert all(len(set(batch.image_ids)) == 4 for batch in found)
+
+    @pytest.mark.parametrize("per_decode", [2, 3, 4])
+    def test_resume_at_every_step(self, log: RejectionLog, per_decode: int) -> None:
+        whole = self.epochs(log, per_decode, 2 * per_decode)
+        for epoch, batches in enumerate(whole):
+            for step in range(4):
+                rest = list(stepwise(MemorySource(self.SIZES), log, per_decode).epoch(epoch, step))
+                assert len(rest) == 3 - step
+                assert all(same(one, other) for one, other in zip(rest, batches[step:], strict=True))
+
+    @pytest.mark.parametrize("world", [2, 4])
+    def test_workers_cut_the_same_batches(self, log: RejectionLog, world: int) -> None:
+        whole = self.epochs(log, 2, 4)
+        for rank in range(world):
+            loader = stepwise(MemorySource(self.SIZES), log, 2, rank=rank, world=world)
+            for epoch, batches in enumerate(whole):
+                for mine, all_of_it in zip(loader.epoch(epoch), batches, strict=True):
+                    assert mine.image_ids == all_of_it.image_ids[rank::world]
+                    np.testing.assert_array_equal(mine.crops_VBHWC, all_of_it.crops_VBHWC[:, rank::world])
+
+    def test_each_image_is_decoded_once_a_pass(self, log: RejectionLog, monkeypatch: pytest.MonkeyPatch) -> None:
+        decoded = count_decodes(monkeypatch)
+        loader = stepwise(MemorySource((8,)), log, 4, drop_last=False)  # 2 steps an epoch: no decode batch lies across the end of one
+        for epoch in range(4):
+            list(loader.epoch(epoch))
+        assert set(decoded.values()) == {2}  # 2 steps of 4 lie in an epoch: each decode batch gives two epochs of two crops
+
+    def test_counted_once_not_once_an_epoch(self, log: RejectionLog) -> None:
+        loader = stepwise(MemorySource((8,), frozenset({3})), log, 4, drop_last=False)
+        for epoch in range(8):
+            list(loader.epoch(epoch))
+        assert (log.num_seen, log.num_rejected) == (8, 1)
+
+
+BOTH = MixingRecipe(kind="both")
+
+
+class TestMixing:
+    SIZES = (7, 1, 9, 6)
+    BROKEN = frozenset({2, 3, 9, 12, 13, 14})
+
+    def expected(self, source: MemorySource, views: range, broken: frozenset[int] = frozenset()) -> Pixels:
+        """An oracle without loader, batches or cache: every usable image mixed with the next usable one on its shard's cycle."""
+        found: Pixels = {}
+        for view, (shard, size) in itertools.product(views, enumerate(self.SIZES)):
+            cycle = partner_cycle(size, random_generator(CropKey(5, view, f"s{shard}"), b"distill.partner"))
+            plain = {}
+            for row in range(size):
+                record = source.record(shard, row)
+                if int(record.image_id) not in broken:
+                    plain[row] = crop_image(decode_image(record.data), CropKey(5, view, record.image_id), RECIPE)
+            for row, own in plain.items():
+                partner = next((at for at in follow(cycle, row) if at in plain), row)
+                draws = random_generator(CropKey(5, view, source.record(shard, row).image_id), b"distill.mix")
+                crop = own if partner == row else mix(own, plain[partner], BOTH, draws)
+                found[view, shard, row] = crop.tobytes()
+        return found
+
+    @pytest.mark.parametrize("broken", [frozenset[int](), BROKEN], ids=["all usable", "some bad"])
+    @pytest.mark.parametrize(
+        "more",
+        [{}, {"num_threads": 4}, {"mixing_cache_bytes": 0}, {"mixing_cache_bytes": 2000}, {"global_batch": 9}],
+        ids=["plain", "threads", "no cache", "small cache", "other batch"],
+    )
+    @pytest.mark.parametrize("per_decode", [1, 2])
+    def test_pixels_depend_on_the_key_and_the_shard_alone(
+        self, log: RejectionLog, per_decode: int, more: dict[str, int], broken: frozenset[int]
+    ) -> None:
+        source = MemorySource(self.SIZES, broken)
+        expected = self.expected(source, range(2), broken)
+        loader = stepwise(source, log, per_decode, BOTH, drop_last=False, **more)
+        assert pixels_by_key(itertools.chain(*(loader.epoch(epoch) for epoch in range(2)))) == expected
+        for world in (2, 4):
+            parts: Pixels = {}
+            for rank in range(world):
+                loader = stepwise(source, log, per_decode, BOTH, rank, world, drop_last=False, **more)
+                part = pixels_by_key(itertools.chain(*(loader.epoch(epoch) for epoch in range(2))))
+                assert not parts.keys() & part.keys()
+                parts |= part
+            assert parts == expected
+
+    def test_a_shard_labelled_by_itself_has_the_same_pixels(self, log: RejectionLog) -> None:
+        """The way of `distill label`: one (view, shard) after the other, in its own order."""
+        source = MemorySource(self.SIZES, self.BROKEN)
+        loader = stepwise(source, log, 1, BOTH)
+        parts = [loader.make(view, 0, (view,), loader.rows_of_shard(shard)) for view in range(2) for shard in range(4)]
+        assert pixels_by_key(parts) == self.expected(source, range(2), self.BROKEN)
+
+    def test_mixed_crops_are_no_plain_ones(self, log: RejectionLog) -> None:
+        source = MemorySource((12,))
+        mixed, plain = (pixels_by_key(stepwise(source, log, 1, mixing, drop_last=False).epoch(0)) for mixing in (BOTH, None))
+        assert mixed.keys() == plain.keys()
+        assert sum(mixed[key] != plain[key] for key in mixed) > 6
+
+    @pytest.mark.parametrize(("cache", "decodes"), [(10**9, 1), (0, 2)])
+    def test_the_cache_saves_the_second_decode(self, log: RejectionLog, monkeypatch: pytest.MonkeyPatch, cache: int, decodes: int) -> None:
+        decoded = count_decodes(monkeypatch)
+        loader = stepwise(MemorySource((8, 8, 8)), log, 1, BOTH, num_threads=1, drop_last=False, mixing_cache_bytes=cache)
+        list(loader.epoch(0))
+        assert set(decoded.values()) == {decodes}
+        assert loader._plain.num_bytes == 0  # every crop has had both its uses
+
+    def test_one_decode_for_all_crops_of_a_pass(self, log: RejectionLog, monkeypatch: pytest.MonkeyPatch) -> None:
+        decoded = count_decodes(monkeypatch)
+        loader = stepwise(MemorySource((8,)), log, 2, BOTH, num_threads=1, drop_last=False, global_batch=8, mixing_cache_bytes=10**9)
+        loader._make_steps(0, range(2), loader.rows_of_shard(0), loader._shards.hold(loader.rows_of_shard(0)))
+        assert set(decoded.values()) == {1}
+        assert loader._plain.num_bytes == 0
+
+
+def follow(cycle: npt.NDArray[np.int64], row: int) -> Iterator[int]:
+    at = int(cycle[row])
+    while at != row:
+        yield at
+        at = int(cycle[at])
 
 
 class TestBadImages:

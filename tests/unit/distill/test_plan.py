@@ -80,7 +80,7 @@ class TestOrder:
     def test_images_of_different_shards_mix_within_a_window_only(self) -> None:
         plan = EpochPlan((50,) * 6, seed=0, epoch=0, global_batch=10, window_shards=2)
         order = all_rows(plan)
-        for at, window in zip(range(0, 300, 100), plan.windows(), strict=True):
+        for at, window in zip(range(0, 300, 100), plan.shard_order().reshape(3, 2).tolist(), strict=True):
             part = [shard for shard, _ in order[at : at + 100]]
             assert set(part) == set(window)
             # Two shards of 50 in random order change hands about 50 times; block after block would be once.

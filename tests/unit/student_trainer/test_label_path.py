@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +24,9 @@ RULES = LabelRules(temperature=2.0, temperatures=(1.0, 2.0), max_tv=0.02, patien
 
 
 async def label_all(path: LabelPath, batches: list[CropBatch]) -> list[Any]:
-    return [await path.labels(batch) for batch in batches]
+    """(logits, labels asked for) of each batch."""
+    labels = [await path.read(batch) for batch in batches]
+    return [(found.logits_BK, found.num_asked) for found in labels]
 
 
 def one_epoch(loader_of: Any) -> list[CropBatch]:
@@ -78,7 +82,7 @@ class Clock:
         self.now = 1000.0
         self.pauses: list[float] = []
         monkeypatch.setattr(label_path, "time", SimpleNamespace(monotonic=lambda: self.now))
-        monkeypatch.setattr(label_path, "asyncio", SimpleNamespace(sleep=self.sleep))
+        monkeypatch.setattr(label_path, "asyncio", SimpleNamespace(sleep=self.sleep, to_thread=asyncio.to_thread))
 
     async def sleep(self, seconds: float) -> None:
         self.pauses.append(seconds)
@@ -91,7 +95,7 @@ def test_waits_for_a_silent_teacher_with_growing_bounded_random_pauses(
     clock = Clock(monkeypatch)
     path = LabelPath(store, FakeTeacher(unavailable_calls=10), RULES)
     batch = one_epoch(loader_of)[0]
-    _, asked = asyncio.run(path.labels(batch))
+    asked = asyncio.run(path.read(batch)).num_asked
     assert asked == 4
     assert path.waiting_since is None
     longest = [min(0.2 * 2**n, 5.0) for n in range(10)]
@@ -104,7 +108,7 @@ def test_gives_up_after_its_patience_and_says_the_limit(store: SoftLabelStore, l
     clock = Clock(monkeypatch)
     path = LabelPath(store, FakeTeacher(unavailable_calls=10_000), RULES)
     with pytest.raises(TeacherUnavailable, match=r"no answer for 6\d s \(limit train.teacher_patience_s=60\): the fake teacher was told"):
-        asyncio.run(path.labels(one_epoch(loader_of)[0]))
+        asyncio.run(path.read(one_epoch(loader_of)[0]))
     assert 60 < sum(clock.pauses) <= 65
     assert path.waiting_since == 1000.0
 
@@ -113,7 +117,7 @@ def test_another_teacher_is_refused_before_it_is_asked(store: SoftLabelStore, lo
     other = SoftLabelStore(tmp_path / "other", store.identity.replace(fingerprint="e" * 64))
     teacher = FakeTeacher()
     with pytest.raises(FingerprintMismatch, match="the teacher that answers is ffffffffffff, the labels wanted are of eeeeeeeeeeee"):
-        asyncio.run(LabelPath(other, teacher, RULES).labels(one_epoch(loader_of)[0]))
+        asyncio.run(LabelPath(other, teacher, RULES).read(one_epoch(loader_of)[0]))
     assert teacher.calls == []
 
 
@@ -132,7 +136,7 @@ def test_a_teacher_that_changes_while_it_is_asked_never_slips_into_the_store(
     teacher = Replaced()
     path = LabelPath(store, teacher, RULES)
     with pytest.raises(FingerprintMismatch, match="the teacher that answers is eeeeeeeeeeee, the labels wanted are of ffffffffffff"):
-        asyncio.run(path.labels(one_epoch(loader_of)[0]))
+        asyncio.run(path.read(one_epoch(loader_of)[0]))
     path.commit()
     assert teacher.calls == []
     assert held_by(store) == {}
@@ -141,7 +145,7 @@ def test_a_teacher_that_changes_while_it_is_asked_never_slips_into_the_store(
 def test_a_nan_is_never_kept(store: SoftLabelStore, loader_of: Any, held_by: Any) -> None:
     path = LabelPath(store, FakeTeacher(answer_nan=True), RULES)
     with pytest.raises(TeacherAnswerError, match="NaN"):
-        asyncio.run(path.labels(one_epoch(loader_of)[0]))
+        asyncio.run(path.read(one_epoch(loader_of)[0]))
     path.commit()
     assert held_by(store) == {}
     assert path.num_asked == 0
@@ -153,7 +157,7 @@ def test_changed_images_are_refused(store: SoftLabelStore, loader_of: Any, sourc
     path.commit()
     renamed: CropLoader = loader_of(global_batch=4, of=type(source)(prefix="renamed"))
     with pytest.raises(FingerprintMismatch, match=r"has image 'image-.*' where the source has 'renamed-.*choose another store.path"):
-        asyncio.run(path.labels(next(iter(renamed.epoch(0)))))
+        asyncio.run(path.read(next(iter(renamed.epoch(0)))))
 
 
 def test_a_commit_that_fails_half_way_doubles_nothing_when_it_is_tried_again(
@@ -198,8 +202,79 @@ def test_labels_in_memory_are_written_before_they_are_many(
 ) -> None:
     monkeypatch.setattr(label_path, "COMMIT_AT", 8)
     path = LabelPath(store, FakeTeacher(), RULES)
-    asyncio.run(label_all(path, one_epoch(loader_of)[:5]))
-    assert len(held_by(store)) == 16
+
+    async def work() -> int:
+        await label_all(path, one_epoch(loader_of)[:5])
+        assert path._aside is not None
+        await asyncio.wait([path._aside])
+        written = len(held_by(store))
+        await path.close()
+        return written
+
+    assert 8 <= asyncio.run(work()) <= 20
+    assert len(held_by(store)) == 20
+    assert set(held_by(store).values()) == {1}
+
+
+class SlowDisk:
+    """Every commit of a store waits until `go` is set."""
+
+    def __init__(self, store: SoftLabelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go, self.reached = threading.Event(), threading.Event()
+        real = store.commit
+
+        def commit(*arguments: Any) -> Any:
+            self.reached.set()
+            assert self.go.wait(10)
+            return real(*arguments)
+
+        monkeypatch.setattr(store, "commit", commit)
+
+
+def test_while_the_disk_writes_the_teacher_is_asked_and_nothing_twice(
+    store: SoftLabelStore, loader_of: Any, held_by: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until as many labels wait again: then the disk is waited for."""
+    monkeypatch.setattr(label_path, "COMMIT_AT", 8)
+    disk, teacher = SlowDisk(store, monkeypatch), FakeTeacher()
+    path = LabelPath(store, teacher, RULES)
+
+    async def work() -> None:
+        batches = one_epoch(loader_of)
+        await label_all(path, batches[:2])
+        await asyncio.to_thread(disk.reached.wait, 10)
+        assert (await path.read(batches[0])).num_asked == 0  # on its way to the disk
+        rest = asyncio.create_task(label_all(path, batches[2:]))
+        done, _ = await asyncio.wait([rest], timeout=0.3)
+        assert done == set()
+        assert path._num_pending < 8 + 4
+        disk.go.set()
+        await rest
+        await path.close()
+
+    asyncio.run(work())
+    assert sum(teacher.calls) == 24
+    assert len(held_by(store)) == 24
+    assert set(held_by(store).values()) == {1}
+
+
+def test_a_write_in_the_background_that_fails_stops_the_next_one(
+    store: SoftLabelStore, loader_of: Any, held_by: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(label_path, "COMMIT_AT", 8)
+    real, calls = store.commit, iter(range(100))
+
+    def fail_first(*arguments: Any) -> Any:
+        if next(calls) == 0:
+            raise StoreError("disk full")
+        return real(*arguments)
+
+    monkeypatch.setattr(store, "commit", fail_first)
+    path = LabelPath(store, FakeTeacher(), RULES)
+    with pytest.raises(StoreError, match="disk full"):
+        asyncio.run(label_all(path, one_epoch(loader_of)))
+    path.commit()
+    assert set(held_by(store).values()) == {1}
 
 
 def test_shards_held_in_memory_are_bounded(store: SoftLabelStore, loader_of: Any) -> None:
@@ -211,3 +286,68 @@ def test_shards_held_in_memory_are_bounded(store: SoftLabelStore, loader_of: Any
         path.commit()
     assert len(path._held) <= 2
     assert path._pending == {}
+
+
+def test_the_bound_of_each_labels_error_is_the_records_fresh_and_read(store: SoftLabelStore, loader_of: Any) -> None:
+    """Measured at T = 2, the job's temperature, against the teacher's own logits; and certified for a reader at a T not foreseen."""
+    batches = one_epoch(loader_of)
+    path = LabelPath(store, FakeTeacher(), RULES)
+    fresh = [asyncio.run(path.read(batch)) for batch in batches]
+    in_memory = [asyncio.run(path.read(batch)) for batch in batches]
+    path.commit()
+    stored = [asyncio.run(path.read(batch)) for batch in batches]
+    certified_rules = LabelRules(temperature=3.0, temperatures=(3.0,), max_tv=0.3, patience_s=60)
+    certified = [asyncio.run(LabelPath(store, FakeTeacher(), certified_rules).read(batch)) for batch in batches]
+    assert {labels.num_asked for labels in in_memory + stored} == {0}
+    bounds = np.concatenate([labels.tv_B for labels in fresh])
+    assert bounds.dtype == np.float32
+    assert 0 < bounds.max() <= RULES.max_tv
+    for batch, one, two, three, other in zip(batches, fresh, in_memory, stored, certified, strict=True):
+        np.testing.assert_array_equal(one.tv_B, two.tv_B)
+        np.testing.assert_array_equal(one.tv_B, three.tv_B)
+        true_BK = fake_logits(batch.crops_VBHWC[0], 10)
+        for labels, temperature in ((one, 2.0), (other, 3.0)):
+            tv_B = 0.5 * np.abs(softmax(true_BK, temperature) - softmax(labels.logits_BK, temperature)).sum(axis=1)
+            assert (tv_B <= labels.tv_B + 1e-6).all()
+
+
+def test_labels_too_rough_for_the_temperature_are_asked_for_again(store: SoftLabelStore, loader_of: Any) -> None:
+    batches = one_epoch(loader_of)
+    rough = LabelRules(temperature=4.0, temperatures=(4.0,), max_tv=0.3, patience_s=60)
+    first = LabelPath(store, FakeTeacher(), rough)
+    asyncio.run(label_all(first, batches))
+    first.commit()
+    fine = LabelRules(temperature=0.5, temperatures=(0.5,), max_tv=0.01, patience_s=60)
+    teacher = FakeTeacher()
+    again = asyncio.run(label_all(LabelPath(SoftLabelStore(store.folder, store.identity), teacher, fine), batches))
+    assert sum(asked for _, asked in again) == sum(teacher.calls) > 0
+    for batch, (logits_BK, _) in zip(batches, again, strict=True):
+        true_BK = fake_logits(batch.crops_VBHWC[0], 10)
+        assert (0.5 * np.abs(softmax(true_BK, 0.5) - softmax(logits_BK, 0.5)).sum(axis=1)).max() <= 0.01 + 1e-6
+
+
+def test_a_silent_teacher_and_labels_too_rough_are_both_named(
+    store: SoftLabelStore, loader_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The labels lie there; but a run that may be wrong by 0.01 at most does not take them, and says what it would need."""
+    batches = one_epoch(loader_of)
+    first = LabelPath(store, FakeTeacher(), LabelRules(temperature=4.0, temperatures=(4.0,), max_tv=0.3, patience_s=60))
+    asyncio.run(label_all(first, batches))
+    first.commit()
+    Clock(monkeypatch)
+    fine = LabelRules(temperature=0.5, temperatures=(0.5,), max_tv=0.01, patience_s=60)
+    path = LabelPath(SoftLabelStore(store.folder, store.identity), FakeTeacher(unavailable_calls=10_000), fine)
+    told = (
+        r"no answer for .*told to be away; (\d) of the (\d) labels wanted are in the store, but only within (\S+) at temperature 0.5"
+        r" \(limit store.max_tv=0.01\): bring the teacher back, or allow a larger store.max_tv"
+    )
+    with pytest.raises(TeacherUnavailable, match=told) as caught:
+        asyncio.run(path.read(batches[0]))
+    found = re.search(told, str(caught.value))
+    assert found is not None
+    rough, wanted, bound = found.groups()
+    assert 1 <= int(rough) == int(wanted) <= 4
+    # With the limit that it names it goes on, and the teacher is not missed.
+    enough = LabelRules(temperature=0.5, temperatures=(0.5,), max_tv=float(bound) * 1.05, patience_s=60)
+    path = LabelPath(SoftLabelStore(store.folder, store.identity), FakeTeacher(unavailable_calls=10_000), enough)
+    assert asyncio.run(path.read(batches[0])).num_asked == 0

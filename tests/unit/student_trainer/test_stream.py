@@ -6,17 +6,24 @@ import asyncio
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from distill.errors import StageMissing, StoreError, TeacherAnswerError
-from distill.loader import CropBatch
+from distill.config import validate
+from distill.crops import CropRecipe
+from distill.errors import ConfigError, StageMissing, StoreError, TeacherAnswerError
+from distill.loader import CropBatch, CropLoader, LoaderSettings
+from distill.mixing import MixingRecipe
+from distill.rejections import RejectionLog
+from distill.soft_labels import softmax
 from student_trainer import stream as stream_module
 from student_trainer.label_path import LabelRules
-from student_trainer.store import ShardLabels, SoftLabelStore
+from student_trainer.settings import DistillSettings
+from student_trainer.store import ShardLabels, SoftLabelStore, StoreIdentity
 from student_trainer.stream import LabelledBatch, LabelledStream
 from student_trainer.waits import Waits
 from teacher_server.backend import Crops, Floats
@@ -120,14 +127,14 @@ def test_no_more_than_in_flight_wait_for_the_teacher(store: SoftLabelStore, load
 
 
 class FailingTeacher(FakeTeacher):
-    """Question number `at` (from 0) gets an unusable answer."""
+    """From question number `at` (from 0) on, no answer can be used."""
 
     def __init__(self, at: int) -> None:
         super().__init__()
         self.at = at
 
     async def _infer(self, crops_BHWC: Crops, temperature_B1: Floats, names: tuple[str, ...]) -> dict[str, Floats]:
-        spoil = len(self.calls) == self.at
+        spoil = len(self.calls) >= self.at
         tensors = await super()._infer(crops_BHWC, temperature_B1, names)
         return {name: tensor_BK * np.float32("nan") for name, tensor_BK in tensors.items()} if spoil else tensors
 
@@ -278,6 +285,7 @@ def test_each_wait_goes_to_what_was_waited_for(store: SoftLabelStore, loader_of:
     class SlowLoader:
         def __init__(self) -> None:
             self._loader = loader_of(global_batch=24)
+            self.rejections = self._loader.rejections
 
         def epoch(self, epoch: int, start_step: int = 0) -> Iterator[CropBatch]:
             clock.read[1].wait(10)
@@ -312,3 +320,96 @@ def test_each_wait_goes_to_what_was_waited_for(store: SoftLabelStore, loader_of:
             for _ in stream.epoch(0):
                 clock.now += 2
             assert stream.waits == expected
+
+
+MIXED = CropRecipe(image_size=8, mixing=MixingRecipe(kind="both"))
+
+
+def mixing_loader(source: Any, log: RejectionLog, rank: int = 0, world: int = 1, **more: Any) -> CropLoader:
+    """Epoch e trains on view e mod 4; crops are mixed."""
+    settings = LoaderSettings(**{"seed": 0, "global_batch": 4, "window_shards": 2, **more})
+    return CropLoader(source, MIXED, settings, lambda epoch: (epoch % 4,), log, rank, world)
+
+
+LabelOf = dict[tuple[int, int, int], tuple[bytes, bytes]]
+
+
+def labels_by_key(batches: list[LabelledBatch]) -> LabelOf:
+    """(view, shard, row) -> (pixels, logits)."""
+    found: LabelOf = {}
+    for batch in batches:
+        assert batch.logits_BK is not None
+        for b, (shard, row) in enumerate(batch.crops.rows.tolist()):
+            key = (batch.crops.views[0], shard, row)
+            pair = (batch.crops.crops_VBHWC[0, b].tobytes(), batch.logits_BK[b].tobytes())
+            assert found.setdefault(key, pair) == pair
+    return found
+
+
+def test_labels_of_mixed_crops_serve_every_other_cut_of_the_batches(
+    tmp_path: Path, source: Any, identity: StoreIdentity, held_by: Any
+) -> None:
+    """Asked for by one worker, one crop a decode; read by 1, 2 and 4 workers, other batches, several crops a decode: the same pixels, the
+    same labels, and the teacher is not asked again."""
+    log = RejectionLog(tmp_path / "rejected.jsonl", 0.0)
+    store = SoftLabelStore(tmp_path / "store", identity.replace(recipe=MIXED))
+    with LabelledStream(mixing_loader(source, log), store, FakeTeacher, RULES, in_flight=3) as stream:
+        first = labels_by_key([batch for epoch in range(4) for batch in stream.epoch(epoch)])
+    assert len(first) == 4 * 24
+    for world, more in ((1, {"crops_per_decode": 4}), (2, {"crops_per_decode": 2, "global_batch": 6}), (4, {"global_batch": 8})):
+        for rank in range(world):
+            teacher = FakeTeacher()
+            loader = mixing_loader(source, log, rank, world, **more)
+            with LabelledStream(loader, reopened(store), lambda told=teacher: told, RULES, in_flight=3) as stream:  # type: ignore[misc]
+                again = labels_by_key([batch for epoch in range(4) for batch in stream.epoch(epoch)])
+            assert teacher.calls == []
+            assert len(again) == 4 * 24 // world
+            assert again == {key: first[key] for key in again}
+    assert set(held_by(store).values()) == {1}
+
+
+def test_the_label_is_of_the_mixed_crop(tmp_path: Path, source: Any, identity: StoreIdentity) -> None:
+    log = RejectionLog(tmp_path / "rejected.jsonl", 0.0)
+    store = SoftLabelStore(tmp_path / "store", identity.replace(recipe=MIXED))
+    with LabelledStream(mixing_loader(source, log), store, FakeTeacher, RULES, in_flight=3) as stream:
+        for batch in stream.epoch(0):
+            assert batch.logits_BK is not None
+            assert batch.tv_B is not None
+            tv_B = 0.5 * np.abs(softmax(fake_logits(batch.crops.crops_VBHWC[0], 10), 1.0) - softmax(batch.logits_BK, 1.0)).sum(axis=1)
+            assert (tv_B <= batch.tv_B + 1e-6).all()
+
+
+def test_several_crops_a_decode_ask_for_as_many_labels_and_resume_at_any_step(
+    tmp_path: Path, source: Any, identity: StoreIdentity, held_by: Any
+) -> None:
+    log = RejectionLog(tmp_path / "rejected.jsonl", 0.0)
+    identity = identity.replace(recipe=MIXED)
+    teacher = FakeTeacher()
+    store = SoftLabelStore(tmp_path / "store", identity)
+    whole = []
+    with LabelledStream(mixing_loader(source, log, crops_per_decode=2), store, lambda: teacher, RULES, in_flight=3) as stream:
+        whole = [list(stream.epoch(epoch)) for epoch in range(4)]
+    assert [steps(epoch) for epoch in whole] == [list(range(6))] * 4
+    assert sum(teacher.calls) == 4 * 24
+    assert len(held_by(store)) == 4 * 24
+    assert set(held_by(store).values()) == {1}
+    for epoch, step in ((0, 1), (1, 3), (2, 5), (3, 0)):
+        with LabelledStream(mixing_loader(source, log, crops_per_decode=2), reopened(store), FakeTeacher, RULES, 3) as stream:
+            rest = list(stream.epoch(epoch, step))
+        assert steps(rest) == list(range(step, 6))
+        for before, now in zip(whole[epoch][step:], rest, strict=True):
+            assert now.crops.image_ids == before.crops.image_ids
+            np.testing.assert_array_equal(now.crops.crops_VBHWC, before.crops.crops_VBHWC)
+            np.testing.assert_array_equal(now.logits_BK, before.logits_BK)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"epochs": 10, "crops_per_decode": 4}, "epochs 10 is not a multiple of crops_per_decode 4"),
+        ({"epochs": 8, "crops_per_decode": 4, "num_views": 2}, "crops_per_decode 4 is over num_views 2"),
+    ],
+)
+def test_a_pass_must_be_whole_and_its_crops_different(wrong: dict[str, int], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        validate(DistillSettings, wrong, origin="run.yaml")
