@@ -6,6 +6,8 @@ environment, or by the run folder on its command line.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import signal
@@ -13,12 +15,14 @@ import subprocess
 import sys
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from teacher_server.triton_home import TritonHome, find_triton, triton_home, triton_supported
@@ -157,6 +161,43 @@ class Line:
         return _listening(inodes)
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What a run holds: how often each label, which weights at the end, what it counted."""
+
+    labels: Counter[tuple[int, int, int]]
+    """(view, shard, row) -> how often, over all segments that the manifests name; every file must be what was written."""
+    weights: dict[str, str]
+    """Student -> sha256 of its final weights; empty before the end."""
+    totals: dict[str, float]
+    """Of the finished training; empty before."""
+
+    @classmethod
+    def by(cls, line: Line) -> Kept:
+        """Read from the run's folder, not through the product's own code."""
+        record = line.folder / "train" / "stage.json"
+        return cls(
+            labels=_labels(line.folder),
+            weights={
+                path.parent.name: hashlib.sha256(path.read_bytes()).hexdigest()
+                for path in line.folder.glob("train/students/*/weights.safetensors")
+            },
+            totals=json.loads(record.read_text())["result"]["totals"] if record.exists() else {},
+        )
+
+
+def _labels(run: Path) -> Counter[tuple[int, int, int]]:
+    found: Counter[tuple[int, int, int]] = Counter()
+    for manifest in run.glob("store/*/manifest.jsonl"):
+        for row in manifest.read_text().splitlines():
+            if row:
+                segment = json.loads(row)
+                path = manifest.parent / segment["file"]
+                assert hashlib.sha256(path.read_bytes()).hexdigest() == segment["sha256"]
+                found.update((segment["view"], segment["shard"], number) for number in pq.read_table(path)["row"].to_pylist())
+    return found
+
+
 def _listening(inodes: set[str] | None = None) -> set[int]:
     """TCP ports of this machine that somebody listens on; with `inodes`, only those of these sockets."""
     rows = [line.split() for table in ("/proc/net/tcp", "/proc/net/tcp6") for line in Path(table).read_text().splitlines()[1:]]
@@ -166,6 +207,11 @@ def _listening(inodes: set[str] | None = None) -> set[int]:
 @pytest.fixture(scope="session")
 def listening() -> Callable[[], set[int]]:
     return _listening
+
+
+@pytest.fixture(scope="session")
+def kept_by() -> Callable[[Line], Kept]:
+    return Kept.by
 
 
 @pytest.fixture(scope="session")

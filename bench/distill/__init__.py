@@ -1,0 +1,1 @@
+"""What distilling costs, beside training without a teacher and beside two peers."""

@@ -1,0 +1,135 @@
+"""kill -9 again and again, of the driver, of the training worker and of Triton, at random moments of one run; see docs/operations.md.
+
+The run must end where the undisturbed one ends: every label once, every batch trained on once, the same weights to the last bit.
+`DISTILL_KILLS` says how many kills (30 for the numbers in the documentation), `DISTILL_OUTAGE_S` for how long Triton stays away once.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from teacher_server.triton_home import TritonHome
+from teacher_server.triton_process import TritonProcess
+
+if TYPE_CHECKING:  # the module of the fixtures, which importlib mode does not put on the path
+    from tests.integration.conftest import Kept, Line
+
+pytestmark = pytest.mark.integration
+
+NUM_KILLS = int(os.environ.get("DISTILL_KILLS", "6"))
+OUTAGE_S = float(os.environ.get("DISTILL_OUTAGE_S", "10"))
+SEED = int(os.environ.get("DISTILL_KILLS_SEED", "0"))
+EPOCHS = 4
+VICTIMS = ("driver", "worker", "triton")
+
+
+@dataclass
+class Chaos:
+    """Kills at random moments, and what was killed so far. One driver at a time works on `line`."""
+
+    line: Line
+    triton: TritonProcess
+    wait_until: Callable[..., Any]
+    random: random.Random = field(default_factory=lambda: random.Random(SEED))
+    killed: Counter[str] = field(default_factory=Counter)
+
+    def go(self) -> None:
+        """Run `distill train` to its end, with `NUM_KILLS` kills on the way or, if it ends before, as many as there was time for."""
+        process = self.line.start("train")
+        while True:
+            if self.killed.total() < NUM_KILLS and self._work_for(process, self.random.uniform(0.5, 8)):
+                process = self._kill(process)
+                continue
+            out, err = process.communicate(timeout=300)
+            if process.returncode == 0:
+                return
+            # More workers were killed than Ray starts again: the same command goes on.
+            assert "run it again" in err, f"{out[-3000:]}\n{err[-3000:]}"
+            process = self.line.start("train")
+
+    def _work_for(self, process: subprocess.Popen[str], seconds: float) -> bool:
+        """Wait until a worker is there and for so long after; whether the driver still runs then."""
+        with suppress(pytest.fail.Exception):  # it ended: well or not, the caller looks
+            self.wait_until(lambda: process.poll() is not None or self.worker() is not None, timeout_s=120)
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.05)
+        return process.poll() is None
+
+    def worker(self) -> int | None:
+        """Process id of the training worker."""
+        return next((pid for pid, command in self.line.processes().items() if "RayTrainWorker" in command), None)
+
+    def _kill(self, process: subprocess.Popen[str]) -> subprocess.Popen[str]:
+        victim = self.random.choice(VICTIMS)
+        self.killed[victim] += 1
+        if victim == "driver":
+            process.kill()
+            process.communicate()
+            return self.line.start("train")
+        if victim == "worker":
+            pid = self.worker()
+            if pid is not None:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            return process
+        assert self.triton.server_pid is not None
+        os.kill(self.triton.server_pid, signal.SIGKILL)
+        time.sleep(OUTAGE_S if self.killed["triton"] == 1 else self.random.uniform(0, 5))
+        self.triton.restart()
+        return process
+
+
+@pytest.fixture(scope="module")
+def prepared(new_line: Callable[..., Line], tmp_path_factory: pytest.TempPathFactory) -> Line:
+    """A run with its teacher exported, nothing labelled yet; two views, so that teacher and store are both asked in later epochs."""
+    options = ("pretrain.epochs=0", "finetune.epochs=1", f"train.epochs={EPOCHS}", "train.num_views=2", "train.checkpoint_every_steps=2")
+    line = new_line(tmp_path_factory.mktemp("kills") / "run", *options)
+    for verb in ("pretrain", "finetune", "export-teacher"):
+        line.done(verb)
+    return line
+
+
+@pytest.fixture(scope="module")
+def triton(home: TritonHome, prepared: Line, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonProcess]:
+    """The teacher's Triton, which nobody but the test starts again."""
+    repository = prepared.folder / "model_repository"
+    (model,) = [folder.name for folder in repository.iterdir() if (folder / "config.pbtxt").exists()]
+    with TritonProcess(home, repository, model, tmp_path_factory.mktemp("triton")) as process:
+        yield process
+
+
+def test_many_kills_change_nothing(
+    prepared: Line,
+    triton: TritonProcess,
+    tmp_path: Path,
+    wait_until: Callable[..., Any],
+    kept_by: Callable[[Line], Kept],
+    record_property: Callable[[str, object], None],
+) -> None:
+    asked = (f"server.triton.url={triton.url}", "server.backend=triton")
+    undisturbed = prepared.copy(tmp_path / "undisturbed", *asked)
+    undisturbed.done("train")
+    line = prepared.copy(tmp_path / "disturbed", *asked)
+    chaos = Chaos(line, triton, wait_until)
+    chaos.go()
+    record_property("killed", dict(chaos.killed))
+    assert chaos.killed.total() == NUM_KILLS, f"the run ended after {chaos.killed}: make it longer"
+    expected, found = kept_by(undisturbed), kept_by(line)
+    assert set(expected.labels.values()) == {1}
+    assert found.labels == expected.labels
+    assert found.weights == expected.weights
+    assert found.totals["images"] == expected.totals["images"]
+    line.wait_for_nothing(timeout_s=90)
