@@ -2,6 +2,9 @@
 
 The manifest says what the weights are (kind, settings, classes, parent, metrics) and holds the sha256 of every other file, so a truncated
 or altered file is found when it is read. `state.pt` (optimiser, counters) is read with `weights_only=True`: no pickle is ever executed.
+
+A training loop pays for a copy only: `prepare_checkpoint` takes it, and what it returns may be written by another thread while the loop
+goes on.
 """
 
 from __future__ import annotations
@@ -10,10 +13,11 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError
@@ -25,6 +29,9 @@ from distill.errors import CheckpointError
 WEIGHTS = "weights.safetensors"
 STATE = "state.pt"
 MANIFEST = "manifest.json"
+
+Write: TypeAlias = Callable[[Path], None]
+"""Writes one checkpoint into a folder."""
 
 PRETRAINED = "pretrained"
 """`kind` in the manifest of a checkpoint of stage 1: `network` there names the backbone, the weights are `backbone.*` and `head.*`."""
@@ -58,6 +65,22 @@ def save_checkpoint(folder: Path, weights: dict[str, Tensor], manifest: dict[str
     for path in (*pending.iterdir(), pending):
         fsync_path(path)
     replace_folder(pending, folder)
+
+
+def prepare_checkpoint(weights: dict[str, Tensor], manifest: dict[str, Any], state: dict[str, Any] | None = None) -> Write:
+    """What `save_checkpoint` would write now, copied to the CPU: nothing that happens to the arguments later changes it."""
+    weights, manifest, state = _copied(weights), _copied(manifest), _copied(state)
+    return lambda folder: save_checkpoint(folder, weights, manifest, state)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copied(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copied(inner) for inner in value)
+    return value
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:

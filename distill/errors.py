@@ -14,9 +14,14 @@ DistillError                     exit code 1: a failure of ours or of the machin
 ├── TeacherUnavailable           no answer for now: asking again later is right
 │   └── TeacherChanged           another version took its place: ask at once what it is, then again
 ├── TeacherAnswerError           an answer that must not be used: NaN, wrong shape, wrong teacher
+├── TrainingDiverged             no student is left whose loss is finite
 ├── ServerStartError             a server of ours did not come up
 └── StoreError                   the soft-label store cannot be read or written
 """
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as KeyboardInterrupt is Ctrl-C: every block closes what it opened. Not an error of ours; the exit code is 143, not 130."""
 
 
 class DistillError(Exception):
@@ -81,6 +86,10 @@ class TeacherChanged(TeacherUnavailable):
 
 class TeacherAnswerError(DistillError):
     """The teacher answered something that must not be used."""
+
+
+class TrainingDiverged(DistillError):
+    """The loss or the gradient of every student that was still training became infinite or no number."""
 
 
 class ServerStartError(DistillError):

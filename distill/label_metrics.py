@@ -1,6 +1,6 @@
 """What is said of a classifier's answers: accuracy, calibration, and how near they are to the teacher's.
 
-All in numpy on whole sets. Shapes: N images, K classes, M bins. `labels_N` are class ids; every image has one.
+All in numpy on whole sets. Shapes: N images, K classes, M bins, P pairs of classes. `labels_N` are class ids; every image has one.
 """
 
 from __future__ import annotations
@@ -44,6 +44,22 @@ class ClassifierScores(Section):
     """The bins that hold images."""
 
 
+class Confusions(Section):
+    """How often each class was taken for which: the cells of the confusion matrix that are not empty, at most N of the K x K."""
+
+    num_classes: int
+    """K."""
+    cells: tuple[tuple[int, int, int], ...]
+    """(true class, class with the largest logit, number of images), in order."""
+
+    def matrix(self) -> IntArray:
+        """int64 [K,K]: row = true class, column = answer."""
+        matrix_KK = np.zeros((self.num_classes, self.num_classes), dtype=np.int64)
+        for true, answer, count in self.cells:
+            matrix_KK[true, answer] = count
+        return matrix_KK
+
+
 class TeacherAgreement(Section):
     """How near a student is to its teacher, on the same crops at T = 1."""
 
@@ -74,6 +90,13 @@ def score(logits_NK: FloatArray, labels_N: IntArray) -> ClassifierScores:
         ece=sum(abs(b.confidence - b.accuracy) * b.num_images for b in bins) / len(labels_N),
         reliability=bins,
     )
+
+
+def confusions(logits_NK: FloatArray, labels_N: IntArray) -> Confusions:
+    """Which classes were taken for which."""
+    pairs_P2, count_P = np.unique(np.stack([labels_N, logits_NK.argmax(axis=1)], axis=1), axis=0, return_counts=True)
+    cells = tuple((int(true), int(answer), int(count)) for (true, answer), count in zip(pairs_P2, count_P, strict=True))
+    return Confusions(num_classes=logits_NK.shape[1], cells=cells)
 
 
 def _reliability(confidence_N: npt.NDArray[np.float64], right_N: npt.NDArray[np.bool_]) -> tuple[ReliabilityBin, ...]:

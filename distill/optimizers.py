@@ -2,7 +2,8 @@
 
     loss.backward(), once or (gradient accumulation) several times  ->  apply_step
 
-`take_step` is both for the usual case of one loss a step.
+`take_step` is both for the usual case of one loss a step. Whoever must look at the size of the gradient before it is used takes
+`gradient_norm` and `update` in place of `apply_step`.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from distill.lamb import Lamb
 from distill.lars import Lars
 from distill.models.classifier import ResNetClassifier
 from distill.optimizer_settings import OptimizerSettings
@@ -22,8 +24,8 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimiser of all parameters of `network` that are trained.
 
-    Vectors (biases, batch-norm scales and offsets) have no weight decay and, under LARS, no trust ratio. The matrix of a linear classifier
-    has decay but no trust ratio, as in the official code: it starts at 0, where the ratio means nothing.
+    Vectors (biases, batch-norm scales and offsets) have no weight decay and, under LARS and LAMB, no trust ratio. The matrix of a linear
+    classifier has decay but no trust ratio, as in SimCLR's official code: it starts at 0, where the ratio means nothing.
 
     Args:
         global_batch: images of one update over all workers and accumulated parts; what `settings.scaling` goes by.
@@ -48,7 +50,9 @@ def build_optimizer(
         )
         group["params"].append(parameter)
     if settings.name == "adamw":
-        return torch.optim.AdamW(groups.values(), lr=peak)
+        return torch.optim.AdamW(groups.values(), lr=peak, betas=settings.betas, eps=settings.epsilon)
+    if settings.name == "lamb":
+        return Lamb(groups.values(), lr=peak, betas=settings.betas, eps=settings.epsilon)
     if settings.name == "lars":
         return Lars(groups.values(), lr=peak, momentum=settings.momentum, trust_coefficient=settings.trust_coefficient)
     nesterov = settings.nesterov and settings.momentum > 0  # torch refuses the one without the other
@@ -57,16 +61,30 @@ def build_optimizer(
 
 def apply_step(optimizer: torch.optim.Optimizer, network: nn.Module, settings: OptimizerSettings, step: int, num_steps: int) -> None:
     """One update with the gradients that are there, at the schedule's rate for `step` of `num_steps`; then there are none."""
+    norm = gradient_norm(network) if settings.max_grad_norm is not None else None
+    update(optimizer, network, settings, step, num_steps, norm)
+
+
+def gradient_norm(network: nn.Module) -> Tensor:
+    """L2 norm, float32 [], of all gradients that are there, as if they were one vector; it stays on their device."""
+    return nn.utils.get_total_norm([parameter.grad for parameter in network.parameters() if parameter.grad is not None])
+
+
+def update(
+    optimizer: torch.optim.Optimizer, network: nn.Module, settings: OptimizerSettings, step: int, num_steps: int, norm: Tensor | None
+) -> None:
+    """`apply_step` where the norm of the gradients is known already; it is needed where they are clipped."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_rate"] * settings.schedule_at(step, num_steps)
     if settings.max_grad_norm is not None:
-        nn.utils.clip_grad_norm_(network.parameters(), settings.max_grad_norm)
+        assert norm is not None
+        nn.utils.clip_grads_with_norm_(network.parameters(), settings.max_grad_norm, norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
 
 def take_step(
-    optimizer: torch.optim.Optimizer, network: nn.Module, loss: torch.Tensor, settings: OptimizerSettings, step: int, num_steps: int
+    optimizer: torch.optim.Optimizer, network: nn.Module, loss: Tensor, settings: OptimizerSettings, step: int, num_steps: int
 ) -> None:
     """The gradient of `loss`, and one update with it."""
     loss.backward()

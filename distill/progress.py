@@ -8,10 +8,13 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
+
+if TYPE_CHECKING:
+    from distill.live_view import LiveRun, RunState
 
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 """Where the command line speaks to its user. A log has no width of its own: 120 columns hold our tables."""
@@ -20,12 +23,17 @@ PLAIN_EVERY_S = 10.0
 
 
 class ProgressLine:
-    """`with ProgressLine("pretrain", total=1000, unit="images") as line: line.update(64, "loss 2.31")`."""
+    """`with ProgressLine("pretrain", total=1000, unit="images") as line: line.update(64, "loss 2.31")`.
 
-    def __init__(self, title: str, total: int, unit: str = "images") -> None:
+    Args:
+        live: False where something else draws on the terminal: then only `close` speaks.
+    """
+
+    def __init__(self, title: str, total: int, unit: str = "images", live: bool = True) -> None:
         self.title = title
         self.total = total
         self.unit = unit
+        self._drawn = live
         self.done = 0
         self._skipped = 0
         self._note = ""
@@ -34,7 +42,7 @@ class ProgressLine:
 
     def __enter__(self) -> Self:
         self._started = self._said = time.monotonic()
-        if console.is_terminal:
+        if console.is_terminal and self._drawn:
             columns = (
                 SpinnerColumn(),
                 TextColumn("{task.description}"),
@@ -58,7 +66,7 @@ class ProgressLine:
         self._note = note or self._note
         if self._live is not None:
             self._live.update(self._task, completed=self.done, note=self.describe())
-        elif time.monotonic() - self._said >= PLAIN_EVERY_S:
+        elif self._drawn and time.monotonic() - self._said >= PLAIN_EVERY_S:
             self._said = time.monotonic()
             console.print(f"  {self.title}: {self.done}/{self.total} {self.unit}, {self.describe()}")
 
@@ -87,13 +95,27 @@ class ProgressLine:
 
 
 class RowLine:
-    """A progress line fed with the rows of a worker group (`distill.cluster.worker.Row`); it appears with the first `step` row, which says
-    where the work goes on."""
+    """Shows the rows of a worker group (`distill.cluster.worker.Row`) from the first `step` row on, which says where the work goes on.
 
-    def __init__(self, title: str, unit: str = "images") -> None:
+    On a terminal rows that tell of `totals` become the live picture of `distill.live_view`; all others, and a log, get the progress line.
+
+    Args:
+        exact: every unit is told of in a row. Otherwise, as rows come now and then, all units are taken for done at a good end.
+    """
+
+    def __init__(self, title: str, unit: str = "images", exact: bool = False) -> None:
         self._title = title
+        self._exact = exact
         self._unit = unit
         self._line: ProgressLine | None = None
+        self._picture: LiveRun | None = None
+        self._state: RunState | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close(failed=error is not None)
 
     def show(self, row: dict[str, Any]) -> None:
         """Move on, if the row says how far the work is."""
@@ -102,19 +124,34 @@ class RowLine:
             self._line.update(row["step"] * row["images"] - self._line.done, row["note"])
         elif row["kind"] == "silence" and self._line is not None:
             self._line.update(0, f"the teacher has been silent for {duration(row['seconds'])}; it is asked again and again")
+        if self._state is not None:
+            self._state.take(row)
 
     def close(self, failed: bool) -> None:
         """The work ended: all of it is done, unless it failed."""
+        if self._picture is not None:
+            self._picture.stop()
         if self._line is not None:
-            if not failed:
+            if not failed and not self._exact:
                 self._line.update(self._line.total - self._line.done)
             self._line.close(failed)
 
     def _start(self, row: dict[str, Any]) -> ProgressLine:
-        line = ProgressLine(self._title, row["of"] * row["images"], self._unit)
+        pictured = console.is_terminal and "totals" in row
+        line = ProgressLine(self._title, row["of"] * row["images"], self._unit, live=not pictured)
         line.__enter__()
         line.skip(row["step"] * row["images"])
+        if pictured:
+            self._draw(row)
         return line
+
+    def _draw(self, row: dict[str, Any]) -> None:
+        from distill.live_view import LiveRun, RunState  # it builds on this module
+
+        self._state = RunState(self._title, self._unit)
+        self._state.take(row)
+        self._picture = LiveRun(self._state)
+        self._picture.start()
 
 
 def duration(seconds: float) -> str:

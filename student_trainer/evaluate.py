@@ -15,7 +15,7 @@ from distill.data_settings import DataSettings
 from distill.errors import SourceError
 from distill.evaluation import evaluate_on, evaluation_batches, network_logits
 from distill.image_sets import open_labelled
-from distill.label_metrics import FloatArray, IntArray, agreement, score
+from distill.label_metrics import FloatArray, IntArray, agreement, confusions, score
 from distill.loader import UNLABELLED
 from distill.models.saved_classifier import load_classifier
 from distill.rejections import RejectionLog
@@ -31,7 +31,8 @@ def evaluate_all(
         students, controls: name -> folder of a saved classifier.
 
     Returns:
-        Plain data: `teacher` scores; for each student its scores, agreement and KL to the teacher; the same for the controls.
+        Plain data: the `teacher`'s `scores` (with reliability bins) and `confusions`; for each student and control the same, agreement and
+        KL `to_teacher`, and `num_parameters`.
 
     Raises:
         SourceError: test images without labels.
@@ -43,25 +44,29 @@ def evaluate_all(
         network = load_classifier(folder).network
         logits_NK, _ = evaluate_on(network_logits(network), test, data, rejections)
         return {
-            "scores": score(logits_NK, labels_N).model_dump(),
+            **_judge(logits_NK, labels_N),
             "to_teacher": agreement(teacher_NK, logits_NK).model_dump(),
             "num_parameters": sum(parameter.numel() for parameter in network.parameters()),
         }
 
     return {
-        "teacher": {"scores": score(teacher_NK, labels_N).model_dump()},
+        "teacher": _judge(teacher_NK, labels_N),
         "students": {name: judge(folder) for name, folder in students.items()},
         "controls": {name: judge(folder) for name, folder in controls.items()},
     }
 
 
 def evaluate_teacher(teacher: TeacherAddress, data: DataSettings, rejections: RejectionLog) -> dict[str, Any]:
-    """`scores` of a served teacher alone: plain data.
+    """`scores` and `confusions` of a served teacher alone: plain data.
 
     Raises:
         SourceError: test images without labels.
     """
-    return {"scores": score(*_ask(teacher, data, rejections)).model_dump()}
+    return _judge(*_ask(teacher, data, rejections))
+
+
+def _judge(logits_NK: FloatArray, labels_N: IntArray) -> dict[str, Any]:
+    return {"scores": score(logits_NK, labels_N).model_dump(), "confusions": confusions(logits_NK, labels_N).model_dump(mode="json")}
 
 
 def _ask(teacher: TeacherAddress, data: DataSettings, rejections: RejectionLog) -> tuple[FloatArray, IntArray]:

@@ -4,7 +4,8 @@ Distillation (equation 2): cross-entropy of the student against the teacher, bot
 
     L = - sum_y P_T(y | x; T) log P_S(y | x; T),   P(y | x; T) = softmax(logits / T)
 
-It differs from KL(teacher || student) by the teacher's entropy, which has no gradient. With labels (equation 3):
+It differs from KL(teacher || student) by the teacher's entropy, which has no gradient. Images may count differently
+(`student_trainer.weighting`). With labels (equation 3):
 
     L = alpha * distillation + (1 - alpha) * cross-entropy on the labels at temperature 1
 
@@ -22,17 +23,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def distillation_loss(student_BK: Tensor, teacher_BK: Tensor, temperature: float, scale_by_temperature_squared: bool = False) -> Tensor:
+def distillation_loss(
+    student_BK: Tensor,
+    teacher_BK: Tensor,
+    temperature: float,
+    scale_by_temperature_squared: bool = False,
+    weights_B: Tensor | None = None,
+) -> Tensor:
     """Scalar loss in nats.
 
     Args:
         student_BK, teacher_BK: logits, not probabilities, float32 [B,K]: dividing bf16 by a small temperature would magnify its rounding.
         temperature: > 0, the same for both.
         scale_by_temperature_squared: times T^2, which keeps the gradient's size as T grows (Hinton 2015, section 2).
+        weights_B: what each image's loss is multiplied by before the mean over all B is taken, float32 [B]; None for 1.
     """
     probs_BK = F.softmax(teacher_BK / temperature, dim=1)
     log_probs_BK = F.log_softmax(student_BK / temperature, dim=1)
-    loss = -(probs_BK * log_probs_BK).sum(dim=1).mean()
+    loss_B = -(probs_BK * log_probs_BK).sum(dim=1)
+    loss = (loss_B if weights_B is None else loss_B * weights_B).mean()
     return loss * temperature**2 if scale_by_temperature_squared else loss
 
 
@@ -49,6 +58,8 @@ class Lesson:
     teacher_share: float = 1.0
     labels_share: float = 1.0
     """Of several workers: what this one's mean is to be multiplied by, so that the average over workers is the mean over all images."""
+    weights_U: Tensor | None = None
+    """float32: how much each image's soft label counts; the mean over the global batch is 1. None where all count alike."""
 
 
 def lesson_loss(
@@ -62,7 +73,8 @@ def lesson_loss(
     if lesson.teacher_UK is None:
         return _label_loss(student_BK, lesson)
     num_taught = len(lesson.teacher_UK)
-    soft = distillation_loss(student_BK[:num_taught], lesson.teacher_UK, temperature, scale_by_temperature_squared) * lesson.teacher_share
+    soft_loss = distillation_loss(student_BK[:num_taught], lesson.teacher_UK, temperature, scale_by_temperature_squared, lesson.weights_U)
+    soft = soft_loss * lesson.teacher_share
     if lesson.labels_L is None:
         return soft
     return alpha * soft + (1 - alpha) * _label_loss(student_BK[num_taught:], lesson)

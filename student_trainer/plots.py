@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-COLOURS = ("#3366aa", "#cc6633", "#339966", "#aa4499", "#888833", "#666666")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+"""Okabe and Ito's, which colour-blind people tell apart; dark ones first."""
 TEACHER = "#222222"
+MOST_LINES = 6
+"""Students in one picture of lines: the best ones, if there are more."""
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "distill",
@@ -25,11 +29,12 @@ STYLE: dict[Any, Any] = {
 
 
 WAITS = {
-    "student": "training",
-    "decode": "waiting for crops",
-    "teacher": "waiting for the teacher",
-    "store": "waiting for the store",
+    "student": ("training", "#0072B2"),
+    "decode": ("waiting for crops", "#E69F00"),
+    "teacher": ("waiting for the teacher", "#CC79A7"),
+    "store": ("waiting for the store", "#56B4E9"),
 }
+"""Whom the time went to; the terminal's bar has these colours too."""
 
 
 def draw(paint: Callable[[Figure], None], width: float = 7.0, height: float = 3.4) -> str:
@@ -45,40 +50,71 @@ def draw(paint: Callable[[Figure], None], width: float = 7.0, height: float = 3.
 
 def accuracy(evaluation: dict[str, Any]) -> str:
     """Top-1 of teacher, distilled students and controls, as bars."""
+    names = list(evaluation["students"])
 
     def paint(figure: Figure) -> None:
         axes: Axes = figure.subplots()
         teacher = evaluation["teacher"]["scores"]["top1"]
-        names = list(evaluation["students"])
-        for offset, (group, title) in enumerate((("controls", "labels only (control)"), ("students", "distilled"))):
-            if not evaluation[group]:
+        for offset, (group, title) in enumerate((("students", "distilled"), ("controls", "labels only (control)"))):
+            judged = {i: evaluation[group][name]["scores"]["top1"] for i, name in enumerate(names) if name in evaluation[group]}
+            if not judged:
                 continue
-            tops = [evaluation[group][name]["scores"]["top1"] for name in names]
-            bars = axes.barh([i + 0.38 * offset for i in range(len(names))], tops, 0.36, label=title, color=COLOURS[1 - offset])
-            axes.bar_label(bars, [f"{top:.1%}" for top in tops], padding=3)
+            bars = axes.barh([i + 0.38 * offset for i in judged], list(judged.values()), 0.36, label=title, color=COLOURS[offset])
+            for inside, padding, colour in ((True, -40, "white"), (False, 3, TEACHER)):  # a short bar holds no number
+                axes.bar_label(
+                    bars, [f"{top:.1%}" if (top > 0.2) == inside else "" for top in judged.values()], padding=padding, color=colour
+                )
         axes.axvline(teacher, color=TEACHER, linestyle="--", label=f"teacher {teacher:.1%}")
         axes.set_yticks([i + 0.19 for i in range(len(names))], names)
-        axes.set_xlim(0, 1.1)
-        axes.set_xlabel("top-1 on the test images")
+        axes.set(xlim=(0, 1), xlabel="top-1 on the test images")
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
         figure.legend(loc="outside upper center", ncols=3)
 
-    return draw(paint, height=1.4 + 0.7 * len(evaluation["students"]))
+    return draw(paint, height=1.4 + 0.7 * len(names))
 
 
-def curves(train: list[dict[str, Any]], control: list[dict[str, Any]]) -> str:
-    """Test top-1 after each epoch, distilled and control, over the share of training done."""
+def best_students(evaluation: dict[str, Any]) -> list[str]:
+    """At most as many as one picture of lines can hold, in their own order."""
+    judged = evaluation["students"]
+    best = sorted(judged, key=lambda name: -judged[name]["scores"]["top1"])[:MOST_LINES]
+    return [name for name in judged if name in best]
+
+
+def curves(names: list[str], epochs: dict[str, list[dict[str, Any]]], points: list[dict[str, Any]]) -> str:
+    """Loss, agreement with the teacher and test top-1 over the steps.
+
+    Args:
+        names: of the students that are shown.
+        epochs: `distilled` and `labels only` -> a row an evaluation, with `step`, `epoch` and `top1` of each student.
+        points: of the distilled students' history (`student_trainer.history`).
+    """
 
     def paint(figure: Figure) -> None:
-        axes: Axes = figure.subplots()
-        for rows, style, title in ((train, "-", "distilled"), (control, ":", "labels only")):
-            for number, name in enumerate(rows[-1]["top1"] if rows else []):
-                shares = [100 * row["epoch"] / rows[-1]["epoch"] for row in rows]
-                axes.plot(shares, [row["top1"][name] for row in rows], style, color=COLOURS[number], label=f"{name}, {title}")
-        axes.set_xlabel("steps done, % (both take the same number)")
-        axes.set_ylabel("top-1 on the test images")
-        axes.legend()
+        panels = figure.subplots(1, 3 if points else 1, squeeze=False)[0]
+        for axes, key, title in zip(panels[:-1], ("losses", "agreement"), ("loss, nats", "agreement with the teacher"), strict=False):
+            for number, name in enumerate(names):
+                values = [(point["step"], point[key][name]) for point in points if point[key].get(name) is not None]
+                steps = [step for step, _ in values]
+                axes.plot(steps, _smooth([value for _, value in values]), color=COLOURS[number], linewidth=1.2)
+            axes.set(xlabel="steps", title=title)
+        axes = panels[-1]
+        has_steps = all("step" in row for rows in epochs.values() for row in rows)
+        for (title, rows), style in zip(epochs.items(), ("-", ":"), strict=False):
+            for number, name in enumerate(names):
+                found = [(row["step" if has_steps else "epoch"], row["top1"][name]) for row in rows if name in row["top1"]]
+                if found:
+                    axes.plot(*zip(*found, strict=True), style, color=COLOURS[number], label=f"{name}, {title}", marker=".", markersize=4)
+        axes.set(xlabel="steps" if has_steps else "epochs", title="top-1 on the test images")
+        figure.legend(loc="outside lower center", ncols=2, fontsize="small")
 
-    return draw(paint)
+    return draw(paint, width=9.0, height=2.9 + 0.2 * len(names) * len(epochs) / 2)
+
+
+def _smooth(values: list[float], span: int = 9) -> list[float]:
+    """Mean over `span` neighbours, fewer at the ends."""
+    half = span // 2
+    return [sum(part) / len(part) for n in range(len(values)) if (part := values[max(0, n - half) : n + half + 1])]
 
 
 def pretraining(curve: list[dict[str, Any]]) -> str:
@@ -96,24 +132,30 @@ def pretraining(curve: list[dict[str, Any]]) -> str:
 
 
 def reliability(evaluation: dict[str, Any]) -> str:
-    """Accuracy against confidence: on the diagonal a network means what it says."""
+    """Accuracy against confidence, a panel for each student: on the diagonal a network means what it says."""
+    names = best_students(evaluation)
+    columns = len(names) if len(names) <= 4 else 3
+    rows, side = -(-len(names) // columns), min(3.0, 8.6 / columns)
 
     def paint(figure: Figure) -> None:
-        axes: Axes = figure.subplots()
-        axes.plot([0, 1], [0, 1], color="#999999", linewidth=0.8)
-        everyone = [("teacher", evaluation["teacher"], TEACHER, "-")]
-        for number, name in enumerate(evaluation["students"]):
-            everyone.append((f"{name}, distilled", evaluation["students"][name], COLOURS[number], "-"))
+        panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        for axes in panels.flat[len(names) :]:
+            axes.set_visible(False)
+        for axes, name in zip(panels.flat, names, strict=False):
+            axes.plot([0, 1], [0, 1], color="#999999", linewidth=0.8)
+            everyone = [("teacher", evaluation["teacher"], TEACHER, "-"), ("distilled", evaluation["students"][name], COLOURS[0], "-")]
             if name in evaluation["controls"]:
-                everyone.append((f"{name}, labels only", evaluation["controls"][name], COLOURS[number], ":"))
-        for title, entry, colour, style in everyone:
-            bins = entry["scores"]["reliability"]
-            label = f"{title}: ECE {entry['scores']['ece']:.3f}"
-            axes.plot([b["confidence"] for b in bins], [b["accuracy"] for b in bins], style, marker=".", color=colour, label=label)
-        axes.set(xlabel="confidence (largest probability)", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
-        axes.legend(fontsize="small")
+                everyone.append(("labels only", evaluation["controls"][name], COLOURS[1], ":"))
+            for title, entry, colour, style in everyone:
+                bins = entry["scores"]["reliability"]
+                label = f"{title}, ECE {entry['scores']['ece']:.3f}"
+                axes.plot([b["confidence"] for b in bins], [b["accuracy"] for b in bins], style, marker=".", color=colour, label=label)
+            axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", title=name)
+            axes.legend(fontsize="x-small", loc="upper left")
+        figure.supxlabel("confidence (largest probability)", fontsize="medium")
+        figure.supylabel("accuracy", fontsize="medium")
 
-    return draw(paint, height=4.0)
+    return draw(paint, width=side * columns + 0.4, height=(side + 0.1) * rows + 0.4)
 
 
 def waits(totals: dict[str, float]) -> str:
@@ -123,32 +165,43 @@ def waits(totals: dict[str, float]) -> str:
         axes: Axes = figure.subplots()
         whole = sum(totals[name] for name in WAITS) or 1.0
         start = 0.0
-        for number, (name, title) in enumerate(WAITS.items()):
+        for name, (title, colour) in WAITS.items():
             share = totals[name] / whole
-            axes.barh([0], [share], left=[start], color=COLOURS[number], label=f"{title} {share:.1%}")
+            axes.barh([0], [share], left=[start], color=colour, label=f"{title} {share:.1%}")
             start += share
-        axes.set(xlim=(0, 1), yticks=[])
-        axes.grid(False)
-        figure.legend(loc="outside upper center", ncols=2)
+        axes.set_axis_off()
+        figure.legend(loc="outside upper center", ncols=4, fontsize="small")
 
-    return draw(paint, height=1.5)
+    return draw(paint, width=9.0, height=1.0)
 
 
-def edge_files(files: list[dict[str, Any]]) -> str:
-    """Latency against accuracy of every edge file; hollow points are not shipped."""
+def waits_over_time(points: list[dict[str, Any]]) -> str:
+    """Shares of the time, as areas over the time of training."""
 
     def paint(figure: Figure) -> None:
         axes: Axes = figure.subplots()
-        students = list(dict.fromkeys(f["student"] for f in files))
-        for file in files:
-            colour = COLOURS[students.index(file["student"]) % len(COLOURS)]
-            axes.plot(
-                file["latency_p50_ms"], file["top1"], "o" if file["kind"] == "fp32" else "s", color=colour,
-                markerfacecolor=colour if file["shipped"] else "none", markersize=8,
-            )  # fmt: skip
-            title = f"{file['student']} {file['kind']}, {file['size_bytes'] / 1000:.0f} kB"
-            axes.annotate(title, (file["latency_p50_ms"], file["top1"]), xytext=(7, 4), textcoords="offset points", fontsize="small")
-        axes.margins(0.25)
-        axes.set(xlabel="median latency of one crop, one thread, ms", ylabel="top-1")
+        edges = _spread([point["seconds"] for point in points], 60)
+        unit, unit_s = ("minutes", 60) if points[-1]["seconds"] > 180 else ("seconds", 1)
+        times, shares = [], []
+        for start, end in pairwise(edges):
+            spent = [points[end]["waits"][name] - points[start]["waits"][name] for name in WAITS]
+            if sum(spent) > 0:
+                times += [points[start]["seconds"] / unit_s, points[end]["seconds"] / unit_s]
+                shares += [[100 * seconds / sum(spent) for seconds in spent]] * 2
+        colours = [colour for _, colour in WAITS.values()]
+        axes.stackplot(times, *zip(*shares, strict=True), colors=colours, labels=[title for title, _ in WAITS.values()], linewidth=0)
+        axes.set(xlabel=f"{unit} of training", ylabel="% of the time", ylim=(0, 100), xlim=(times[0], times[-1]))
+        axes.grid(False)
+        figure.legend(loc="outside upper center", ncols=4, fontsize="small")
 
-    return draw(paint)
+    return draw(paint, width=9.0, height=2.6)
+
+
+def _spread(values: list[float], count: int) -> list[int]:
+    """Positions in the rising `values`, the first and the last among them, at most `count` steps that are about equally long."""
+    width = (values[-1] - values[0]) / count
+    chosen = [0]
+    for position, value in enumerate(values):
+        if value - values[chosen[-1]] >= width and value > values[chosen[-1]]:
+            chosen.append(position)
+    return chosen if chosen[-1] == len(values) - 1 else [*chosen, len(values) - 1]

@@ -1,10 +1,15 @@
-"""The report of a run: one HTML page with its pictures inside, and the same numbers as JSON for programs."""
+"""The report of a run: one HTML page with its pictures inside, and the same numbers as JSON for programs.
+
+Beside it `students.html` compares the students only, of this run or of several (`write_comparison`). What the pages say of students is
+worked out in `comparison` and `changed_confusions`, the pictures are painted in `plots` and `comparison_plots`.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +17,23 @@ import jinja2
 import yaml
 
 from distill import __version__
+from distill.errors import ConfigError
 from distill.label_metrics import NUM_BINS
-from student_trainer import plots
+from student_trainer import comparison_plots, plots
+from student_trainer.changed_confusions import ChangedPair, changed_pairs, mistakes
+from student_trainer.comparison import Candidate, candidates, in_order
 from student_trainer.waits import Waits
+
+LIGHTEST_HISTORY = 2
+"""Points below which there is nothing to draw over time."""
 
 
 def write_report(folder: Path, gathered: dict[str, Any]) -> Path:
-    """Write `report.html` and `report.json`.
+    """Write `report.html`, `report.json` and `students.html`.
 
     Args:
         gathered: plain data: `run` (the run file), `stages` (name -> result or None), `teacher` (the stage that exported it),
-            `pretrain_curve`, `rejected`, `class_names`.
+            `pretrain_curve`, `rejected`, `class_names`, `history` (stage -> `student_trainer.history.read_history` of its journal).
 
     Returns:
         The path of the HTML page.
@@ -30,11 +41,40 @@ def write_report(folder: Path, gathered: dict[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     machine = describe_machine()
     (folder / "report.json").write_text(json.dumps({**gathered, "machine": machine, "version": __version__}, indent=1), encoding="utf-8")
+    students = candidates(gathered)
+    path = write_page(folder / "report.html", "report.html.j2", machine, _content(gathered, students))
+    write_page(folder / "students.html", "students.html.j2", machine, _students_content(f"Students of {_run_name(gathered)}", students))
+    return path
+
+
+def write_comparison(path: Path, reports: Sequence[Path]) -> Path:
+    """One page at `path` with the students of all the runs whose `report.json` are given.
+
+    Raises:
+        ConfigError: a file that is no report of ours, or of another version that had no students to compare.
+    """
+    students = [student for report in reports for student in _read_students(report)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    title = f"{len(students)} students of {len(reports)} runs"
+    return write_page(path, "students.html.j2", describe_machine(), _students_content(title, in_order(students)))
+
+
+def _read_students(report: Path) -> list[Candidate]:
+    try:
+        gathered = json.loads(report.read_text(encoding="utf-8"))
+        return candidates(gathered, prefix=f"{_run_name(gathered)}/")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{report} is no report.json that can be compared ({type(error).__name__}: {error}); make it with `distill report`"
+        ) from error
+
+
+def write_page(path: Path, template: str, machine: str, content: dict[str, Any]) -> Path:
+    """Render a template of this package at `path`."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    page = environment.get_template("report.html.j2").render(_content(gathered), machine=machine, version=__version__)
-    path = folder / "report.html"
+    page = environment.get_template(template).render(content, machine=machine, version=__version__)
     path.write_text(page, encoding="utf-8")
     return path
 
@@ -49,14 +89,22 @@ def describe_machine() -> str:
     return f"{model}, {os.cpu_count()} cores, {platform.system()}"
 
 
-def _content(gathered: dict[str, Any]) -> dict[str, Any]:
+def _run_name(gathered: dict[str, Any]) -> str:
+    return Path(gathered["run"]["run_dir"]).name
+
+
+def _content(gathered: dict[str, Any], students: list[Candidate]) -> dict[str, Any]:
     stages = gathered["stages"]
     evaluation, train, edge = stages["evaluate"], stages["train"], stages["export-student"]
     control = stages.get("control")
+    epochs = {"distilled": train["epochs"]} | ({"labels only": control["epochs"]} if control else {})
+    points = gathered["history"].get("train", {}).get("points", [])
+    drawn = len(points) >= LIGHTEST_HISTORY
     return {
-        "title": f"Distillation report: {Path(gathered['run']['run_dir']).name}",
+        **_students_content(f"Distillation report: {_run_name(gathered)}", students),
         "summary": _summary(gathered),
         "rows": _rows(evaluation),
+        "confusions": _confusions(evaluation, gathered["class_names"]),
         "labels": _labels(train),
         "waits": Waits(**{name: train["totals"][name] for name in Waits.model_fields}).describe().capitalize() + ".",
         "files": [_file(file) for file in edge["files"]] if edge else [],
@@ -67,18 +115,29 @@ def _content(gathered: dict[str, Any]) -> dict[str, Any]:
         "run_file": yaml.safe_dump(gathered["run"], sort_keys=False, allow_unicode=True),
         "plots": {
             "accuracy": plots.accuracy(evaluation),
-            "curves": plots.curves(train["epochs"], control["epochs"] if control else []),
+            "curves": plots.curves(plots.best_students(evaluation), epochs, points if drawn else []),
             "reliability": plots.reliability(evaluation),
             "waits": plots.waits(train["totals"]),
-            "edge": plots.edge_files(edge["files"]) if edge and edge["files"][0]["top1"] is not None else "",
+            "waits_over_time": plots.waits_over_time(points) if drawn else "",
             "pretraining": plots.pretraining(gathered["pretrain_curve"]) if gathered["pretrain_curve"] else "",
         },
     }
 
 
+def _students_content(title: str, students: list[Candidate]) -> dict[str, Any]:
+    """What both pages show of the students."""
+    measured = any(file.top1 is not None for student in students for file in student.files)
+    return {
+        "title": title,
+        "students": [_student(student) for student in students],
+        "stopped": [student for student in students if student.stopped],
+        "tradeoffs": comparison_plots.tradeoffs(students) if measured else "",
+    }
+
+
 def _summary(gathered: dict[str, Any]) -> str:
     evaluation = gathered["stages"]["evaluate"]
-    best = max(evaluation["students"], key=lambda name: evaluation["students"][name]["scores"]["top1"])
+    best = _best(evaluation)
     student = evaluation["students"][best]["scores"]["top1"]
     teacher = evaluation["teacher"]["scores"]
     words = (
@@ -87,6 +146,10 @@ def _summary(gathered: dict[str, Any]) -> str:
     if best in evaluation["controls"]:
         words += f", and on {evaluation['controls'][best]['scores']['top1']:.1%} when it learns from the labelled images alone"
     return words + "."
+
+
+def _best(evaluation: dict[str, Any]) -> str:
+    return max(evaluation["students"], key=lambda name: evaluation["students"][name]["scores"]["top1"])
 
 
 def _rows(evaluation: dict[str, Any]) -> list[dict[str, str]]:
@@ -110,6 +173,53 @@ def _row(name: str, entry: dict[str, Any]) -> dict[str, str]:
         "ece": f"{scores['ece']:.3f}",
         "agreement": f"{near['top1_agreement']:.1%}" if near else "",
         "kl": f"{near['kl']:.3f}" if near else "",
+    }
+
+
+def _student(student: Candidate) -> dict[str, str]:
+    """A line of the table that compares students; empty cells where a stage has not been made."""
+    cost, best = student.cost, next((file for file in reversed(student.files) if file.shipped), None)
+    return {
+        "name": student.name,
+        "top1": "" if student.top1 is None else f"{student.top1:.1%}",
+        "agreement": "" if student.agreement is None else f"{student.agreement:.1%}",
+        "parameters": "" if student.num_parameters is None else f"{student.num_parameters:,}",
+        "kind": "" if best is None else best.kind,
+        "size": "" if best is None else f"{best.size_bytes / 1000:,.0f} kB",
+        "latency": "" if best is None else f"{best.latency_ms:.3f} ms",
+        "images": "" if cost is None else f"{cost.images:,.0f}",
+        "stream_share": "" if cost is None else f"{cost.stream_share:.0%}",
+        "step_seconds": "" if cost is None else f"{cost.step_seconds:,.1f} s",
+        "teacher_calls": "" if cost is None else f"{cost.teacher_calls:,.0f}",
+        "label_bytes": "" if cost is None else f"{cost.label_bytes / 1000:,.0f} kB",
+    }
+
+
+def _confusions(evaluation: dict[str, Any], class_names: list[str]) -> dict[str, Any] | None:
+    """What distillation changed in the best student's mistakes; None for an evaluation that did not keep them."""
+    name = _best(evaluation)
+    student, control, teacher = evaluation["students"][name], evaluation["controls"].get(name), evaluation["teacher"]
+    if "confusions" not in student:
+        return None
+    others = ([("distilled minus labels only", control)] if control else []) + [("distilled minus teacher", teacher)]
+    panels = [(title, mistakes(student) - mistakes(other)) for title, other in others]
+    return {
+        "student": name,
+        "pairs": [_pair(pair) for pair in changed_pairs(student, control, teacher, class_names)],
+        "has_control": control is not None,
+        "plot": comparison_plots.changed_confusions(panels, class_names),
+    }
+
+
+def _pair(pair: ChangedPair) -> dict[str, str]:
+    before = pair.teacher if pair.control is None else pair.control
+    return {
+        "pair": f"{pair.true} taken for {pair.answer}",
+        "teacher": str(pair.teacher),
+        "control": "" if pair.control is None else str(pair.control),
+        "student": str(pair.student),
+        "change": f"{100 * (pair.student - before) / pair.num_images:+.1f}",
+        "num_images": str(pair.num_images),
     }
 
 

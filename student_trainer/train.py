@@ -11,7 +11,10 @@ from distill.cluster.group import run_workers
 from distill.cluster.settings import RaySettings
 from distill.config import digest_of
 from distill.models.saved_classifier import ClassifierCard, save_classifier
+from distill.monitor_settings import MonitorSettings
+from distill.progress import console
 from student_trainer.job import TrainJob
+from student_trainer.monitoring import open_sinks
 from student_trainer.students import new_students, restore_students
 from student_trainer.worker import train_worker
 
@@ -19,24 +22,33 @@ WHERE_THINGS_ARE = {"teacher", "store_folder", "rejected_path", "initial_checkpo
 """Parts of a job that change nothing of what comes out (what initial weights are, `train` says)."""
 
 
-def train_students(job: TrainJob, settings: RaySettings, folder: Path, title: str) -> dict[str, Any]:
+def train_students(job: TrainJob, settings: RaySettings, folder: Path, title: str, monitor: MonitorSettings) -> dict[str, Any]:
     """Train all students of the job; `folder/students/NAME` holds them at the end.
 
     If the driver or a worker dies, the same call goes on from the last checkpoint.
 
+    Args:
+        monitor: who watches beside the terminal.
+
     Returns:
-        Plain data: totals (see `student_trainer.totals`) and one row an epoch (loss and test top-1 of each student).
+        Plain data: `totals` (see `student_trainer.totals`), `epochs`, one row an epoch (loss and test top-1 of each student), and
+        `stopped`: student -> why it ended before the others (see `Stopped`; one that diverged has no folder), `selection` (see
+        `student_trainer.halving.Selection`) and `num_parameters` of each student.
 
     Raises:
         DistillError: what a worker met, as the class it was there.
     """
-    with run_workers(train_worker, job.model_dump(mode="json"), settings, folder, title) as final:
+    sinks = open_sinks(monitor, folder, title)
+    with run_workers(train_worker, job.model_dump(mode="json"), settings, folder, title, sinks=sinks) as final:
         progress = keep_students(final / "students", job, folder)
-    return {"totals": progress["totals"], "epochs": progress["epochs"]}
+    for name, stopped in progress["stopped"].items():
+        console.print(f"  {name} ended after {stopped['step']} steps ({stopped['why']}): {stopped['detail']}", markup=False)
+    return {name: progress[name] for name in ("totals", "epochs", "stopped", "selection", "num_parameters")}
 
 
 def keep_students(checkpoint: Path, job: TrainJob, folder: Path) -> dict[str, Any]:
-    """Write each student of the last checkpoint as a classifier of its own; return what the checkpoint says of the run.
+    """Write each student of the last checkpoint, but for those that diverged, as a classifier of its own, with its averaged weights if it
+    has any; return what the checkpoint says of the run.
 
     Raises:
         CheckpointError: see `restore_students`.
@@ -44,6 +56,8 @@ def keep_students(checkpoint: Path, job: TrainJob, folder: Path) -> dict[str, An
     students = new_students(job, torch.device("cpu"), job.train.global_batch)
     progress = restore_students(checkpoint, students)
     for student in students:
+        if student.stopped and student.stopped.why == "diverged":
+            continue
         name = student.settings.name
         origin = {
             "objective": job.objective,
@@ -58,5 +72,6 @@ def keep_students(checkpoint: Path, job: TrainJob, folder: Path) -> dict[str, An
             preprocessing=job.data.preprocessing,
             origin=origin,
         )
-        save_classifier(folder / "students" / name, student.network, card)
-    return progress
+        save_classifier(folder / "students" / name, student.judged, card)
+    sizes = {s.settings.name: sum(parameter.numel() for parameter in s.network.parameters()) for s in students}
+    return {**progress, "num_parameters": sizes}

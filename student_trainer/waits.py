@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 from distill.config import Section
 
 ADVICE = {
@@ -10,6 +12,12 @@ ADVICE = {
     "store": "a faster disk for the label store",
 }
 """What to scale when the student waits for it."""
+
+WORTH_SAYING = 0.1
+"""Share of the time from which on a wait is spoken of."""
+
+Bottleneck = TypedDict("Bottleneck", {"for": str, "share": float, "scale": str})
+"""What is waited for most, its share of the time, and what to scale."""
 
 
 class Waits(Section):
@@ -28,13 +36,26 @@ class Waits(Section):
         """A copy with `seconds` more under `name`."""
         return self.model_copy(update={name: getattr(self, name) + seconds})
 
+    def since(self, earlier: Waits) -> Waits:
+        """What was added after `earlier`."""
+        return Waits(**{name: getattr(self, name) - getattr(earlier, name) for name in type(self).model_fields})
+
+    @property
+    def total(self) -> float:
+        """All seconds."""
+        return self.decode + self.store + self.teacher + self.student
+
+    def bottleneck(self) -> Bottleneck | None:
+        """What the student waits for most, if that is a tenth of the time or more."""
+        if self.total <= 0:
+            return None
+        worst = max(ADVICE, key=lambda name: getattr(self, name))
+        share = getattr(self, worst) / self.total
+        return {"for": worst, "share": share, "scale": ADVICE[worst]} if share >= WORTH_SAYING else None
+
     def describe(self) -> str:
         """One phrase: how busy the student is and, if it waits much, for whom and what to scale."""
-        total = self.decode + self.store + self.teacher + self.student
-        if total <= 0:
+        if self.total <= 0:
             return "starting"
-        worst = max(ADVICE, key=lambda name: getattr(self, name))
-        share = getattr(self, worst) / total
-        if share < 0.1:
-            return f"student busy {self.student / total:.0%}"
-        return f"student busy {self.student / total:.0%}, waits for {worst} {share:.0%} ({ADVICE[worst]})"
+        busy, worst = f"student busy {self.student / self.total:.0%}", self.bottleneck()
+        return busy if worst is None else f"{busy}, waits for {worst['for']} {worst['share']:.0%} ({worst['scale']})"

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.checkpoint import PRETRAINED, load_checkpoint, load_weights, read_manifest, save_checkpoint
+from distill.checkpoint import PRETRAINED, load_checkpoint, load_weights, prepare_checkpoint, read_manifest
 from distill.cluster.ddp import sum_over_workers, sync_batch_norm, wrap
-from distill.cluster.worker import Worker
+from distill.cluster.worker import Worker, settling
 from distill.crops import CropRecipe
 from distill.errors import CheckpointError, ConfigError, DistillError
 from distill.image_sets import open_unlabelled
@@ -102,10 +102,17 @@ class _Pretraining:
         self._saved_at = self._posted_at = time.monotonic()
 
     def run(self) -> None:
-        """The steps that are left, and a checkpoint at the end."""
+        """The steps that are left, or those until a stop is wanted, and a checkpoint at the end."""
         self._post("")
+        with settling(self.worker):
+            self._train()
+            self.save()
+
+    def _train(self) -> None:
         for epoch in range(self.done // max(1, self.steps_per_epoch), self.settings.epochs):
             for batch in self.loader.epoch(epoch, start_step=self.done - epoch * self.steps_per_epoch):
+                if self.worker.should_stop():
+                    return
                 parts, save_is_due = self._agree(len(batch.image_ids))
                 if save_is_due:
                     self.save()
@@ -116,7 +123,6 @@ class _Pretraining:
                     self._end_row(epoch)
                 if outcome is not None:
                     self._tell(outcome, parts)
-        self.save()
 
     def take(self, batch: CropBatch, parts: BatchParts) -> ContrastiveOutcome | None:
         """One step of all workers; None where bad images left one of them none, or all of them nothing to compare."""
@@ -190,7 +196,7 @@ class _Pretraining:
         state: dict[str, Any] = {"optimizer": self.optimizer.state_dict(), "curve": self.curve.state_dict(sums_3)}
         if self.memory:
             state["memory"] = self.memory.state_dict()
-        self.worker.checkpoint(lambda folder: save_checkpoint(folder, self.network.state_dict(), manifest, state))
+        self.worker.checkpoint(lambda: prepare_checkpoint(self.network.state_dict(), manifest, state))
         self._saved, self._saved_at = self.done, time.monotonic()
 
     def _resume(self) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +21,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from distill.checkpoint import load_checkpoint, load_weights, prepare_checkpoint
 from distill.cluster.ddp import sum_over_workers, sync_batch_norm, wrap
-from distill.cluster.worker import Worker
+from distill.cluster.worker import Worker, settling
 from distill.config import digest_of
 from distill.crops import CropRecipe
 from distill.data_settings import DataSettings
@@ -69,19 +68,20 @@ def train_supervised(
 
     Returns:
         `steps`, `seconds`, last `loss`, `num_labelled`, `global_batch`, `precision` (what `auto` became) and, with `test`, `scores` (of
-        worker 0): plain data, also under `result` in the manifest of the last checkpoint.
+        worker 0): plain data, also under `result` in the manifest of the last checkpoint. Where the worker was asked to stop before the
+        last step, it is the result so far, without scores.
 
     Raises:
         ConfigError: too few labelled images, a network that has no backbone to freeze, or a loss that is not finite.
         TooManyRejected: see `CropLoader`.
     """
     loop = _Loop(network, card, labelled, data, settings, seed, worker, rejections)
-    loop.train()
-    if test is not None:
-        if worker.rank == 0:
-            loop.result["scores"] = score(*evaluate_on(network_logits(network), test, data, rejections)).model_dump(mode="json")
-        loop.is_saved = False  # in all workers: they keep a checkpoint together
-    loop.save()
+    with settling(worker):
+        if loop.train() and test is not None:
+            if worker.rank == 0:
+                loop.result["scores"] = score(*evaluate_on(network_logits(network), test, data, rejections)).model_dump(mode="json")
+            loop.is_saved = False  # in all workers: they keep a checkpoint together
+        loop.save()
     return loop.result
 
 
@@ -135,8 +135,8 @@ class _Loop:
         self.trained = wrap(self.network, worker)
         self._saved_at = self._posted_at = time.monotonic()
 
-    def train(self) -> None:
-        """The steps that are left."""
+    def train(self) -> bool:
+        """The steps that are left; False where a stop was wanted before the last one."""
         steps_per_epoch = self.loader.plan(0).num_steps
         num_steps = self.settings.epochs * steps_per_epoch
         done: int = self.result["steps"]
@@ -144,6 +144,8 @@ class _Loop:
         train_mode(self.network)
         for epoch in range(done // steps_per_epoch, self.settings.epochs):
             for crops in self.loader.epoch(epoch, start_step=done - epoch * steps_per_epoch):
+                if self.worker.should_stop():
+                    return False
                 self._step(crops, done, num_steps)
                 done += 1
                 now = time.monotonic()
@@ -153,6 +155,7 @@ class _Loop:
                     self._tell(num_steps)
                 if self._save_is_due(done):
                     self.save()
+        return True
 
     def _step(self, crops: CropBatch, step: int, num_steps: int) -> None:
         """One update; none where bad images left too few: batch norm needs two."""
@@ -209,13 +212,11 @@ class _Loop:
             ConfigError: the last loss is not finite; the checkpoint before it stays.
         """
         self._note_loss()
-
-        def write(folder: Path) -> None:
-            manifest = {"kind": CLASSIFIER, "card": self.card.model_dump(mode="json"), "identity": self.identity, "result": self.result}
-            save_checkpoint(folder, self.network.state_dict(), manifest, {"optimizer": self.optimizer.state_dict()})
-
+        manifest = {"kind": CLASSIFIER, "card": self.card.model_dump(mode="json"), "identity": self.identity, "result": self.result}
         if not self.is_saved:
-            self.worker.checkpoint(write)
+            self.worker.checkpoint(
+                lambda: prepare_checkpoint(self.network.state_dict(), manifest, {"optimizer": self.optimizer.state_dict()})
+            )
         self.is_saved, self._saved_at = True, time.monotonic()
 
     def _resume(self) -> None:

@@ -1,7 +1,7 @@
 """The `distill` command: one verb a stage, all from the same run file.
 
-Exit codes: 0 done, 2 bad input (one line says what and the way out), 1 a failure of ours, 130 Ctrl-C. Nothing heavy is imported here:
-`distill --help` must answer at once.
+Exit codes: 0 done, 2 bad input (one line says what and the way out), 1 a failure of ours, 130 Ctrl-C, 143 SIGTERM. Nothing heavy is
+imported here: `distill --help` must answer at once.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from typing import Any, NoReturn
 import click
 
 from distill import __version__
+from distill.cli.comparing import compare
 from distill.cli.importing import ImportGroup
 from distill.cli.keys import keys
+from distill.cli.plan import plan
 from distill.cli.repository import repository
+from distill.cli.store import store
 from distill.cli.tuning import tune
-from distill.errors import ConfigError, DistillError
+from distill.errors import ConfigError, DistillError, Terminated
 
 DEFAULT_RUN_FILE = "recipes/quickstart.yaml"
 
@@ -34,11 +37,15 @@ VERBS: dict[str, tuple[str, tuple[str, ...]]] = {
     "export-teacher": ("ONNX through the parity gate, into a Triton model repository. Needs finetune or import.", ("teacher",)),
     "self-distill": (
         "The teacher teaches a network like itself, which then labels for the students. Needs export-teacher.",
-        ("self_distill", "store", "ray"),
+        ("self_distill", "store", "ray", "monitor"),
     ),
     "serve": ("Run the teacher (Triton) and the REST gateway until stopped. Needs export-teacher.", ("server",)),
     "label": ("Fill the soft-label store ahead of training. Needs export-teacher.", ("store", "ray", "train")),
-    "train": ("Stage 3: train the students on the teacher's soft labels. Needs export-teacher.", ("train", "store", "ray")),
+    "sweep": (
+        "Train variants of the students on one stream and keep the best, by successive halving. Needs export-teacher.",
+        ("sweep", "train", "store", "ray", "monitor"),
+    ),
+    "train": ("Stage 3: train the students on the teacher's soft labels. Needs export-teacher.", ("train", "store", "ray", "monitor")),
     "evaluate": ("Teacher, students and controls on the test images. Needs train.", ("data", "train")),
     "export-student": ("Edge files of each student, measured, through the int8 gate. Needs train.", ("edge",)),
     "report": ("HTML with plots and JSON, from what is finished. Needs evaluate.", ()),
@@ -115,7 +122,14 @@ def _run_verb(verb: str, config: Path, fresh: bool, overrides: tuple[str, ...]) 
         "export-student": verbs.export_student,
         "report": verbs.report,
     }
-    asking: dict[str, Callable[[Run, Any], Any]] = {"label": verbs.label, "train": verbs.train, "evaluate": verbs.evaluate}
+    asking: dict[str, Callable[[Run, Any], Any]] = {
+        "label": verbs.label,
+        "sweep": verbs.sweep,
+        "train": verbs.train,
+        "evaluate": verbs.evaluate,
+    }
+    if verb == "sweep":
+        _ = run.sweep_training  # a grid that says something impossible is refused before the teacher is started
     if fresh:
         verbs.forget(run, verb)
     if verb in simple:
@@ -143,7 +157,10 @@ def _add_verb(verb: str, summary: str, sections: tuple[str, ...]) -> None:
 for _verb, (_summary, _sections) in VERBS.items():
     _add_verb(_verb, _summary, _sections)
 cli.add_command(repository)
+cli.add_command(store)
 cli.add_command(tune)
+cli.add_command(plan)
+cli.add_command(compare)
 
 
 def entry() -> NoReturn:
@@ -169,7 +186,8 @@ def run_command(arguments: list[str]) -> int:
     except (KeyboardInterrupt, click.Abort) as stop:
         if isinstance(stop.__cause__, EOFError):  # click takes every EOFError, a file cut short too, for Ctrl-D at a prompt
             return _unforeseen(stop.__cause__, arguments)
-        return _say("stopped; what is finished is kept, the same command goes on from there", 130)
+        code = 143 if isinstance(stop.__cause__ or stop, Terminated) else 130  # click raises its Abort from it
+        return _say("stopped; what is finished is kept, the same command goes on from there", code)
     except DistillError as error:
         if "--debug" in arguments:
             traceback.print_exception(error)
@@ -195,7 +213,7 @@ def _say(message: str, code: int) -> int:
 
 def _terminate(number: int, frame: object) -> NoReturn:
     """SIGTERM ends like Ctrl-C: every block closes what it opened."""
-    raise KeyboardInterrupt
+    raise Terminated
 
 
 if __name__ == "__main__":

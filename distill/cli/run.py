@@ -23,14 +23,33 @@ from distill.sources import read_ids
 from distill.stages import Stage, plain, prepare_run_dir
 from export.settings import TeacherExportSettings
 from student_trainer.job import TrainJob
+from student_trainer.open_store import folder_of_stores
 from student_trainer.settings import SELF_DISTILLED, TrainSettings
 from student_trainer.store import StoreIdentity
+from student_trainer.sweep import expanded
 from teacher_server.address import TeacherAddress
 
-NO_EFFECT = {"requests_in_flight": 1, "teacher_patience_s": 1, "checkpoint_every_steps": 1, "num_evaluations": 1, "control": True}
+NO_EFFECT = {
+    "requests_in_flight": 1,
+    "teacher_patience_s": 1,
+    "checkpoint_every_steps": 1,
+    "num_evaluations": 1,
+    "control": True,
+    "compile_backend": None,
+}
 """Settings of training that change how it is done and not what comes out; their values here name the stage."""
 
-NO_EFFECT_ON_CONTROL = {"alpha": 1, "labelled_batch": None, "num_views": 1, "temperature": 1, "scale_by_temperature_squared": False}
+NO_EFFECT_ON_CONTROL = {
+    "halving": None,
+    "early_stop": None,
+    "held_out_images": 1,
+    "alpha": 1,
+    "labelled_batch": None,
+    "num_views": 1,
+    "temperature": 1,
+    "scale_by_temperature_squared": False,
+    "weighting": "none",
+}
 """And those that only steer what is learnt from a teacher."""
 
 
@@ -44,6 +63,7 @@ class Run:
         "export-teacher",
         "self-distill",
         "export-self-distilled",
+        "sweep",
         "train",
         "control",
         "evaluate",
@@ -200,7 +220,8 @@ class Run:
     @property
     def _learning(self) -> dict[str, Any]:
         """What distillation depends on beside its own settings."""
-        return {"crops": self._crops, "max_tv": self.file.store.max_tv, "num_workers": self.file.ray.num_workers}
+        # Not the number of workers: they do together what one does, and a run may go on with as many as there are then.
+        return {"crops": self._crops, "max_tv": self.file.store.max_tv}
 
     def _labelled(self, train: TrainSettings) -> dict[str, str]:
         """The labelled images and the checkpoints as inputs of training, where it uses them."""
@@ -240,6 +261,25 @@ class Run:
         return found
 
     @property
+    def sweep(self) -> Stage:
+        """The choice among variants of the students."""
+        training, _ = self.sweep_training
+        settings = {"train": plain(training.replace(**NO_EFFECT)), **self._learning}
+        inputs = {"teacher": self.teacher.digest, "images": self.images("unlabelled"), **self._labelled(training)}
+        return Stage(self.folder, "sweep", settings, inputs)
+
+    @cached_property
+    def sweep_training(self) -> tuple[TrainSettings, dict[str, dict[str, Any]]]:
+        """How all variants are trained, and what each has of the grid.
+
+        Raises:
+            ConfigError: the run file has no `sweep` section; see also `expanded`.
+        """
+        if self.file.sweep is None:
+            raise ConfigError("the run file has no `sweep` section; see docs/run_file.md")
+        return expanded(self.file.train, self.file.sweep)
+
+    @property
     def train(self) -> Stage:
         """Stage 3."""
         settings = {"train": plain(self.file.train.replace(**NO_EFFECT)), **self._learning}
@@ -253,7 +293,6 @@ class Run:
         settings = {
             "train": plain(train.replace(**NO_EFFECT, **NO_EFFECT_ON_CONTROL)),
             "crops": self._crops,
-            "num_workers": self.file.ray.num_workers,
             **self._labels,
         }
         # As many steps as distillation makes: the number of its images counts.
@@ -313,8 +352,13 @@ class Run:
             seed=self.file.seed,
             images=job.open_images().digest(),
         )
-        folder = (Path(self.file.store.path) if self.file.store.path else self.folder / "store") / identity.digest()[:16]
-        return job.replace(teacher=address, store_folder=str(folder.absolute()), store_identity=identity)
+        where = folder_of_stores(self.stores, identity.digest()[:16])
+        return job.replace(teacher=address, store_folder=where, store_identity=identity)
+
+    @property
+    def stores(self) -> str:
+        """Folder or URL of this run's stores."""
+        return self.file.store.path or str(self.folder / "store")
 
     @property
     def teachers(self) -> list[Stage]:

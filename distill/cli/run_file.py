@@ -9,8 +9,9 @@ from pydantic import ConfigDict, Field
 from distill.cluster.settings import RaySettings
 from distill.config import Section, load_run_file
 from distill.data_settings import DataSettings
+from distill.monitor_settings import MonitorSettings
 from export.settings import ImportSettings, StudentExportSettings, TeacherExportSettings
-from student_trainer.settings import SelfDistillSettings, StoreSettings, TrainSettings
+from student_trainer.settings import SelfDistillSettings, StoreSettings, SweepSettings, TrainSettings
 from teacher_server.settings import ServerSettings
 from teacher_trainer.settings import FinetuneSettings, PretrainSettings
 
@@ -44,6 +45,10 @@ class RunFile(Section):
     """Between teacher and students: the teacher teaches a network like itself, which then labels for the students. None leaves it out."""
     train: TrainSettings
     """Stage 3: the students."""
+    sweep: SweepSettings | None = None
+    """Variants of the students to choose among, for `distill sweep`."""
+    monitor: MonitorSettings = MonitorSettings()
+    """Who else may watch the students being trained."""
     edge: StudentExportSettings = StudentExportSettings()
     """Export of the students."""
 

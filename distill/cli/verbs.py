@@ -233,9 +233,13 @@ def served_teacher(run: Run) -> Iterator[Any]:
 def _serving(run: Run, name: str) -> Iterator[Any]:
     from teacher_server.serve import open_backend
 
-    with open_backend(run.file.server, run.repository, name, run.folder / "logs") as served:
+    wanted = run.first_teacher if name == run.file.teacher.name else run.teacher
+    fingerprint = wanted.require()["fingerprint"]
+    with open_backend(run.file.server, run.repository, name, run.folder / "logs", fingerprint=fingerprint) as served:
         if served.reason:
             console.print(f"  Triton cannot run here: {served.reason}. The teacher runs embedded (ONNX Runtime in each asking process).")
+        elif served.address.pool:
+            console.print(f"  teacher served by a pool: {', '.join(served.address.pool.urls)}")
         else:
             console.print(f"  teacher served by {served.backend_kind}" + (f" at {served.triton_url} (gRPC)" if served.triton_url else ""))
         yield served
@@ -259,15 +263,33 @@ def train(run: Run, teacher: TeacherAddress) -> Result:
     return _once(run.train, lambda folder: _train(run, job, folder, "distill"))
 
 
+def sweep(run: Run, teacher: TeacherAddress) -> Result:
+    """Variants of the students on one stream, by successive halving."""
+    from distill.cli.sweep_table import sweep_table
+    from student_trainer.history import read_history
+    from student_trainer.sweep import ranking
+    from student_trainer.sweep_report import write_sweep
+
+    training, chosen = run.sweep_training
+    job = run.distill_job(teacher, run.teacher, training)
+
+    def work(folder: Path) -> Result:
+        result = _train(run, job, folder, "sweep")
+        return {**result, "ranking": ranking(chosen, result)}
+
+    result = _once(run.sweep, work)
+    console.print(sweep_table(result["ranking"]))
+    history = read_history(run.sweep.folder / "metrics.jsonl")
+    console.print(f"  all of them: {write_sweep(run.folder / 'report' / 'sweep.html', run.folder.name, result, history)}")
+    return result
+
+
 def _train(run: Run, job: TrainJob, folder: Path, title: str) -> Result:
-    from student_trainer.store import SoftLabelStore
+    from student_trainer.open_store import open_label_store
     from student_trainer.train import train_students
 
-    result = train_students(job, run.file.ray, folder, title)
-    assert job.store_folder is not None
-    assert job.store_identity is not None
-    store = SoftLabelStore(Path(job.store_folder), job.store_identity)
-    return {**result, "store": store.stats().model_dump(), "store_folder": job.store_folder}
+    result = train_students(job, run.file.ray, folder, title, run.file.monitor)
+    return {**result, "store": open_label_store(job).stats().model_dump(), "store_folder": job.store_folder}
 
 
 def train_control(run: Run) -> Result:
@@ -278,9 +300,16 @@ def train_control(run: Run) -> Result:
 
         job = run.job("labels", run.file.train)
         steps = job.epochs * run.job("distill", run.file.train).steps_per_epoch()
-        return train_students(job.replace(epochs=math.ceil(steps / job.steps_per_epoch())), run.file.ray, folder, "control")
+        job = job.replace(epochs=math.ceil(steps / job.steps_per_epoch()))
+        return train_students(job, run.file.ray, folder, "control", run.file.monitor)
 
     return _once(run.control, work)
+
+
+def _made(run: Run, stage: Stage) -> list[str]:
+    """Names of the students that a training brought: all but those that diverged."""
+    stopped = stage.require().get("stopped", {})
+    return [s.name for s in run.file.train.students if stopped.get(s.name, {}).get("why") != "diverged"]
 
 
 def evaluate(run: Run, teacher: TeacherAddress) -> Result:
@@ -293,9 +322,8 @@ def evaluate(run: Run, teacher: TeacherAddress) -> Result:
         from student_trainer.evaluate import evaluate_all, evaluate_teacher
 
         rejections = run.rejections()
-        names = [student.name for student in run.file.train.students]
-        students = {name: run.train.folder / "students" / name for name in names}
-        controls = {name: run.control.folder / "students" / name for name in names} if run.file.train.control else {}
+        students = {name: run.train.folder / "students" / name for name in _made(run, run.train)}
+        controls = {name: run.control.folder / "students" / name for name in _made(run, run.control)} if run.file.train.control else {}
         result = evaluate_all(teacher, students, controls, run.file.data, rejections)
         if run.file.self_distill:
             with _serving(run, run.file.teacher.name) as first:
@@ -318,17 +346,17 @@ def export_student(run: Run) -> Result:
         calibration, _ = _sample_crops(run, file.edge.num_calibration_images)
         test_crops, labels = _test_crops(run)
         files = []
-        for student in file.train.students:
-            saved = load_classifier(run.train.folder / "students" / student.name)
+        for name in _made(run, run.train):
+            saved = load_classifier(run.train.folder / "students" / name)
             card, size = saved.card, file.data.image_size
             made = export(
-                saved.network, student.name, size, card.class_names, card.preprocessing,
-                calibration, test_crops, labels, folder / student.name, file.edge,
+                saved.network, name, size, card.class_names, card.preprocessing,
+                calibration, test_crops, labels, folder / name, file.edge,
             )  # fmt: skip
             files += [edge_file.model_dump(mode="json") for edge_file in made]
             for edge_file in made:
                 verdict = "shipped" if edge_file.shipped else "not shipped"
-                console.print(f"  {student.name} {edge_file.kind}: {edge_file.size_bytes / 1000:.0f} kB, {verdict} ({edge_file.reason})")
+                console.print(f"  {name} {edge_file.kind}: {edge_file.size_bytes / 1000:.0f} kB, {verdict} ({edge_file.reason})")
         return {"files": files}
 
     return _once(run.edge, work)
@@ -355,6 +383,8 @@ def gather(run: Run) -> dict[str, Any]:
     """Everything that the report shows: settings, and the results of the stages that are finished."""
     import json
 
+    from student_trainer.history import read_history
+
     stages = [*run.teachers, run.train, run.evaluate, run.edge]
     if run.file.train.control:
         stages.append(run.control)
@@ -368,6 +398,7 @@ def gather(run: Run) -> dict[str, Any]:
         "stages": {stage.name: stage.result() for stage in stages},
         "teacher": run.teacher.name,
         "pretrain_curve": pretrained["curve"] if pretrained else [],
+        "history": {stage.name: read_history(stage.folder / "metrics.jsonl") for stage in stages if stage in (run.train, run.control)},
         "rejected": [json.loads(line) for line in lines],
     }
 

@@ -1,4 +1,4 @@
-"""A board that workers write on and the driver reads: how far they are, and what stopped them. Works over any number of machines."""
+"""A board between workers and driver: how far they are, what stopped them, whether they are to stop. Works over any number of machines."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ class Board:
         self._lock = threading.Lock()
         self._rows: list[dict[str, Any]] = []
         self._failure: tuple[str, str] | None = None
+        self._stop = False
+        self._heard = False
 
     def post(self, row: dict[str, Any]) -> None:
         """Add a row."""
@@ -42,6 +44,18 @@ class Board:
         """Name of the error's class and its message, if there was one."""
         with self._lock:
             return self._failure
+
+    def ask_to_stop(self) -> bool:
+        """The driver's wish that the workers end. True where they have begun and will hear of it."""
+        with self._lock:
+            self._stop = True
+            return self._heard
+
+    def stopping(self) -> bool:
+        """Whether the workers are to end; asked by worker 0 as soon as its loop has begun."""
+        with self._lock:
+            self._heard = True
+            return self._stop
 
 
 def start_board() -> BoardHandle:

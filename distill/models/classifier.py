@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.errors import ConfigError
+from distill.models.imported_network import create_imported
 from distill.models.projection_head import ProjectionHead
 from distill.models.resnet import ResNet, total_stride
 from distill.models.settings import NetworkSettings
@@ -98,12 +99,14 @@ def build_classifier(network: NetworkSettings, num_classes: int, preprocessing: 
         num_head_layers: layers of the projection head between backbone and linear classifier; 0 for students.
 
     Raises:
-        ConfigError: see `check_image_size`.
+        ConfigError: see `check_image_size`, `create_timm`, `create_imported`.
     """
     if network.name.startswith("timm:"):
         from distill.models.timm_networks import create_timm  # an extra; its import costs seconds
 
         return Classifier(create_timm(network.name.removeprefix("timm:"), num_classes).network, preprocessing)
+    if network.name != "resnet":
+        return Classifier(create_imported(network.name, num_classes, preprocessing.image_size), preprocessing)
     check_image_size(network, preprocessing.image_size)
     backbone = build_backbone(network)
     neck = ProjectionHead(backbone.feature_dim, num_layers=num_head_layers + 1).first_layers(num_head_layers)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from distill.config import Section
 
+IMPORTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+"""How the function that makes a user's own network is named."""
+
 DEPTHS = (10, 14, 18, 26, 34, 50, 101, 152, 200)
 
 
 class NetworkSettings(Section):
-    """One network: our SK-ResNet, or one of timm's by name."""
+    """One network: our SK-ResNet, one of timm's by name, or a user's own."""
 
     name: str = "resnet"
-    """`resnet` (ours, shaped by the fields below) or `timm:NAME` (extra `timm`)."""
+    """`resnet` (ours, shaped by the fields below), `timm:NAME` (extra `timm`), or `MODULE:FUNCTION`, an importable function of yours:
+    FUNCTION(num_classes=K) returns a torch Module from normalised float crops [B,3,H,W] to logits [B,K]."""
     depth: int = 18
     """Layers of the ResNet: 18, 34, 50, 101, 152, 200 as in the paper; 10, 14, 26 are small ones. Those with bottleneck blocks
     (14, 26, 50 and deeper) can have selective kernels."""
@@ -35,6 +40,6 @@ class NetworkSettings(Section):
 
     @model_validator(mode="after")
     def _known_name(self) -> Self:
-        if self.name != "resnet" and not self.name.startswith("timm:"):
-            raise ValueError("name is 'resnet' or 'timm:NAME'")
+        if self.name != "resnet" and not self.name.startswith("timm:") and not IMPORTED.fullmatch(self.name):
+            raise ValueError("name is 'resnet', 'timm:NAME' or 'MODULE:FUNCTION'")
         return self

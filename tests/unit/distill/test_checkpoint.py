@@ -22,6 +22,7 @@ from distill.checkpoint import (
     file_sha256,
     load_checkpoint,
     load_weights,
+    prepare_checkpoint,
     recover_folder,
     replace_folder,
     save_checkpoint,
@@ -74,6 +75,24 @@ class TestRoundTrip:
         found = load_checkpoint(saved)
         assert (found.manifest["step"], found.state) == (4, None)
         assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+def test_what_is_prepared_does_not_change_any_more(tmp_path: Path) -> None:
+    """The loop goes on with the same tensors and lists while they are written."""
+    weights, rows = weights_of(1.5), [{"step": 1}]
+    state = {"momentum": torch.arange(4.0), "groups": [{"lr": 0.1, "betas": (0.9, torch.tensor(0.5))}]}
+    write = prepare_checkpoint(weights, {"rows": rows}, state)
+    weights["layer.weight"].add_(1)
+    rows.append({"step": 2})
+    state["momentum"].mul_(0)
+    state["groups"][0]["lr"] = 7
+    write(tmp_path / "c")
+    found = load_checkpoint(tmp_path / "c")
+    assert torch.equal(found.weights["layer.weight"], weights_of(1.5)["layer.weight"])
+    assert found.manifest["rows"] == [{"step": 1}]
+    assert found.state is not None
+    assert torch.equal(found.state["momentum"], torch.arange(4.0))
+    assert found.state["groups"] == [{"lr": 0.1, "betas": (0.9, torch.tensor(0.5))}]
 
 
 class TestCrash:

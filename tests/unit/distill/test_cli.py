@@ -16,7 +16,7 @@ from distill import __version__
 from distill.cli import main as module
 from distill.cli.fields import section_fields
 from distill.cli.main import VERBS, run_command
-from distill.errors import BadInput, DistillError, SourceError, TeacherUnavailable
+from distill.errors import BadInput, DistillError, SourceError, TeacherUnavailable, Terminated
 
 HEAVY = ("torch", "ray", "pydantic", "numpy", "onnx", "onnxruntime", "fastapi", "rich", "yaml", "PIL")
 IN_ORDER = [
@@ -28,6 +28,7 @@ IN_ORDER = [
     "self-distill",
     "serve",
     "label",
+    "sweep",
     "train",
     "evaluate",
     "export-student",
@@ -171,10 +172,12 @@ class TestFailures:
         assert f"unforeseen {type(error).__name__}" in line
         assert "--debug shows where" in line
 
-    @pytest.mark.parametrize("error", [KeyboardInterrupt(), click.Abort()])
-    def test_stopped(self, error: BaseException, capsys: pytest.CaptureFixture[str], failing: Callable[[BaseException], None]) -> None:
+    @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (click.Abort(), 130), (Terminated(), 143)])
+    def test_stopped(
+        self, error: BaseException, code: int, capsys: pytest.CaptureFixture[str], failing: Callable[[BaseException], None]
+    ) -> None:
         failing(error)
-        assert run_command(["train"]) == 130
+        assert run_command(["train"]) == code
         assert "stopped; what is finished is kept" in one_line(capsys)
 
     @pytest.mark.parametrize(("error", "code"), [(BadInput("x"), 2), (ZeroDivisionError("x"), 1), (EOFError("x"), 1)])
@@ -185,8 +188,9 @@ class TestFailures:
         assert run_command(["train", "--debug"]) == code
         assert "Traceback" in capsys.readouterr().err
 
-    def test_sigterm_is_like_ctrl_c(self) -> None:
-        with pytest.raises(KeyboardInterrupt):
+    def test_sigterm_is_a_ctrl_c_of_its_own(self) -> None:
+        assert issubclass(Terminated, KeyboardInterrupt)
+        with pytest.raises(Terminated):
             module._terminate(15, None)
 
     def test_done_is_zero(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.cluster.ddp import sync_batch_norm, wrap
+from distill.cluster.group import _remove_unregistered
 from distill.cluster.worker import LocalWorker
 from distill.errors import ConfigError
 
@@ -108,3 +109,28 @@ def test_synchronising_twice_changes_nothing_more() -> None:
     once = [type(module) for module in sync_batch_norm(network, worker).modules()]
     assert [type(module) for module in sync_batch_norm(network, worker).modules()] == once
     assert {name: tensor.data_ptr() for name, tensor in network.state_dict().items()} == weights  # optimisers hold these tensors
+
+
+class TestCheckpointsThatRayDoesNotKnow:
+    """`{"checkpoint_results": [...]}` is the shape of Ray 2.60's snapshot."""
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        for name in ("checkpoint_1", "checkpoint_2", "checkpoint_3"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "weights").write_text("x")
+        return tmp_path
+
+    @pytest.mark.parametrize(
+        ("snapshot", "left"),
+        [
+            ('{"checkpoint_results": [{"checkpoint_dir_name": "checkpoint_2"}]}', {"checkpoint_2"}),
+            ('{"in another form": []}', {"checkpoint_1", "checkpoint_2", "checkpoint_3"}),
+            (None, {"checkpoint_1", "checkpoint_2", "checkpoint_3"}),
+        ],
+    )
+    def test_are_removed_where_it_is_sure(self, folder: Path, snapshot: str | None, left: set[str]) -> None:
+        if snapshot is not None:
+            (folder / "checkpoint_manager_snapshot.json").write_text(snapshot)
+        _remove_unregistered(folder)
+        assert {path.name for path in folder.iterdir() if path.is_dir()} == left

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from distill.label_metrics import agreement, log_softmax, score
+from distill.label_metrics import agreement, confusions, log_softmax, score
 
 
 def logits_of(probs_NK: list[list[float]]) -> npt.NDArray[np.float32]:
@@ -96,6 +96,20 @@ class TestAgreement:
     def test_far_logits_stay_finite(self) -> None:
         """The teacher gives a class all its mass, the student e^-2000 of it: 2000 nats, not infinity."""
         assert agreement(np.array([[2000, 0]], np.float32), np.array([[0, 2000]], np.float32)).kl == pytest.approx(2000)
+
+
+class TestConfusions:
+    def test_by_hand(self) -> None:
+        found = confusions(np.array([[9, 0, 0], [0, 9, 0], [9, 0, 0], [0, 9, 0]], dtype=np.float32), labels_of(0, 0, 2, 0))
+        assert found.cells == ((0, 0, 1), (0, 1, 2), (2, 0, 1))
+        assert found.matrix().tolist() == [[1, 2, 0], [0, 0, 0], [1, 0, 0]]
+
+    def test_it_agrees_with_the_score(self) -> None:
+        random = np.random.default_rng(0)
+        logits, labels = random.normal(0, 1, (300, 7)).astype(np.float32), random.integers(0, 7, 300)
+        matrix = confusions(logits, labels).matrix()
+        assert np.trace(matrix) / 300 == score(logits, labels).top1
+        assert matrix.sum(axis=1).tolist() == np.bincount(labels, minlength=7).tolist()
 
 
 def test_log_softmax_is_in_float64() -> None:

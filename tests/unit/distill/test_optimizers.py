@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from distill.lamb import Lamb
 from distill.lars import Lars
 from distill.models.classifier import build_classifier
 from distill.models.settings import NetworkSettings
@@ -169,6 +170,16 @@ def test_batch_norm_and_offsets_have_no_decay() -> None:
     assert decay == {"0.weight": 0.1, "0.bias": 0, "1.weight": 0, "1.bias": 0, "3.weight": 0.1, "3.bias": 0}
 
 
+@pytest.mark.parametrize(("name", "eps"), [("adamw", 1e-8), ("lamb", 1e-6)])
+def test_betas_and_eps_reach_the_optimiser(name: Literal["adamw", "lamb"], eps: float) -> None:
+    settings = OptimizerSettings(name=name, betas=(0.8, 0.95))
+    assert build_optimizer(Two(), settings, BATCH).defaults["eps"] == eps
+    optimizer = build_optimizer(Two(), settings.replace(eps=1e-3), BATCH)
+    assert (optimizer.defaults["betas"], optimizer.defaults["eps"]) == ((0.8, 0.95), 1e-3)
+    with pytest.raises(ValidationError, match="betas"):
+        OptimizerSettings.model_validate({"betas": (0.9, 1.0)})
+
+
 class TestClassifier:
     """A ResNet under a linear classifier, with one layer of the head in between."""
 
@@ -177,9 +188,12 @@ class TestClassifier:
         settings = NetworkSettings(depth=14, width_multiplier=0.0625, sk_ratio=0.0625, stem="cifar")
         return build_classifier(settings, 3, Preprocessing(image_size=12), num_head_layers=1)
 
-    def test_lars_leaves_out_what_the_official_code_leaves_out(self, network: nn.Module) -> None:
-        optimizer = build_optimizer(network, OptimizerSettings(name="lars", weight_decay=0.1), BATCH)
-        assert isinstance(optimizer, Lars)
+    @pytest.mark.parametrize(("name", "kind"), [("lars", Lars), ("lamb", Lamb)])
+    def test_what_the_official_code_leaves_out_has_no_trust_ratio(
+        self, network: nn.Module, name: Literal["lars", "lamb"], kind: type[torch.optim.Optimizer]
+    ) -> None:
+        optimizer = build_optimizer(network, OptimizerSettings(name=name, weight_decay=0.1), BATCH)
+        assert isinstance(optimizer, kind)
         adapt, decay = parts_of(optimizer, network, "adapt"), parts_of(optimizer, network, "weight_decay")
         assert adapt.keys() == dict(network.named_parameters()).keys()
         for name, parameter in network.named_parameters():
@@ -188,8 +202,8 @@ class TestClassifier:
             assert decay[name] == (0.1 if is_kernel else 0), name
         assert adapt["body.neck.0.0.weight"]
 
-    @pytest.mark.parametrize("name", ["sgd", "lars", "adamw"])
-    def test_a_smaller_rate_below_the_classifier(self, network: nn.Module, name: Literal["sgd", "lars", "adamw"]) -> None:
+    @pytest.mark.parametrize("name", ["sgd", "lars", "adamw", "lamb"])
+    def test_a_smaller_rate_below_the_classifier(self, network: nn.Module, name: Literal["sgd", "lars", "adamw", "lamb"]) -> None:
         settings = OptimizerSettings(name=name, learning_rate=0.2, warmup_share=0)
         optimizer = build_optimizer(network, settings, BATCH, body_rate_factor=0.25)
         apply_step(optimizer, network, settings, 0, 7)

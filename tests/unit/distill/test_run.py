@@ -27,8 +27,9 @@ from teacher_server.address import TeacherAddress
 
 NETWORK = {"name": "resnet", "depth": 10, "width_multiplier": 0.125, "stem": "cifar"}
 TEACHER = NetworkSettings(depth=18, width_multiplier=0.25, stem="cifar")
+SWEEP = {"grid": {"optimizer.learning_rate": [0.1, 0.2]}}
 ADDRESS = TeacherAddress(model="teacher", repository="nowhere")
-FROM_SELF_DISTILLING_ON = {"self-distill", "export-self-distilled", "train", "evaluate", "export-student"}
+FROM_SELF_DISTILLING_ON = {"self-distill", "export-self-distilled", "sweep", "train", "evaluate", "export-student"}
 FROM_FINETUNING_ON = {"finetune", "export-teacher", *FROM_SELF_DISTILLING_ON}
 
 
@@ -50,7 +51,7 @@ def tree(images: Path, tmp_path: Path) -> dict[str, Any]:
     """A run file: the whole chain, one student."""
     data = {name: {"path": str(images)} for name in ("unlabelled", "labelled", "test")}
     train = {"students": [{"name": "small", "network": NETWORK}]}
-    return {"run_dir": str(tmp_path / "run"), "data": {**data, "image_size": 8}, "self_distill": {}, "train": train}
+    return {"run_dir": str(tmp_path / "run"), "data": {**data, "image_size": 8}, "self_distill": {}, "train": train, "sweep": SWEEP}
 
 
 def run_of(tree: dict[str, Any], *overrides: str) -> Run:
@@ -60,7 +61,7 @@ def run_of(tree: dict[str, Any], *overrides: str) -> Run:
 
 def stages_of(run: Run) -> dict[str, str]:
     """Name -> digest."""
-    stages = [*run.teachers, run.train, run.control, run.evaluate, run.edge]
+    stages = [*run.teachers, *([run.sweep] if run.file.sweep else []), run.train, run.control, run.evaluate, run.edge]
     return {stage.name: stage.digest for stage in stages}
 
 
@@ -85,14 +86,21 @@ class TestWhatAStageDependsOn:
             ("data.class_names=[dog,cat]", {"control", *FROM_FINETUNING_ON}),
             ("finetune.linear=true", FROM_FINETUNING_ON),
             ("teacher.opset=19", {"export-teacher", *FROM_SELF_DISTILLING_ON}),
-            ("ray.num_workers=2", {"control", *FROM_SELF_DISTILLING_ON}),
+            ("ray.num_workers=2", set()),
+            ("sweep.epochs=3", {"sweep"}),
+            ("sweep.halving.eta=2", {"sweep"}),
+            ("train.students.0.ema_decay=0.9", {"sweep", "train", "control", "evaluate", "export-student"}),
+            ("train.weighting=entropy", {"sweep", "train", "evaluate", "export-student"}),
+            ("train.compile_backend=inductor", set()),
+            ("train.halving={eta: 2}", {"train", "evaluate", "export-student"}),
+            ("train.early_stop={patience: 3}", {"sweep", "train", "evaluate", "export-student"}),
             ("store.max_tv=0.1", FROM_SELF_DISTILLING_ON),
             ("self_distill.temperature=0.5", FROM_SELF_DISTILLING_ON),
-            ("train.epochs=7", {"train", "control", "evaluate", "export-student"}),
-            ("train.students.0.network.depth=14", {"train", "control", "evaluate", "export-student"}),
-            ("train.temperature=4", {"train", "evaluate", "export-student"}),
-            ("train.alpha=0.5", {"train", "evaluate", "export-student"}),
-            ("train.num_views=3", {"train", "evaluate", "export-student"}),
+            ("train.epochs=7", {"sweep", "train", "control", "evaluate", "export-student"}),
+            ("train.students.0.network.depth=14", {"sweep", "train", "control", "evaluate", "export-student"}),
+            ("train.temperature=4", {"sweep", "train", "evaluate", "export-student"}),
+            ("train.alpha=0.5", {"sweep", "train", "evaluate", "export-student"}),
+            ("train.num_views=3", {"sweep", "train", "evaluate", "export-student"}),
             ("train.control=false", {"evaluate"}),
             ("edge.int8=false", {"export-student"}),
             ("train.num_evaluations=2", set()),
@@ -123,7 +131,13 @@ class TestWhatAStageDependsOn:
         for depth in (18, 34):
             pretrained_checkpoint(folder, TEACHER.replace(depth=depth))
             found.append(stages_of(run_of(tree, f"train.students.0.initial_weights={folder}")))
-        assert {name for name in found[0] if found[0][name] != found[1][name]} == {"train", "control", "evaluate", "export-student"}
+        assert {name for name in found[0] if found[0][name] != found[1][name]} == {
+            "sweep",
+            "train",
+            "control",
+            "evaluate",
+            "export-student",
+        }
 
     def test_the_ids_in_a_list_and_not_its_comments(self, tree: dict[str, Any], tmp_path: Path) -> None:
         ids = tmp_path / "ids.txt"

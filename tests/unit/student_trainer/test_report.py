@@ -5,22 +5,26 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from playwright.sync_api import sync_playwright
 
-from distill.label_metrics import agreement, score
+from distill.errors import ConfigError
+from distill.label_metrics import agreement, confusions, score
 from export.edge import EdgeFile
-from student_trainer.report import write_report
+from student_trainer.report import write_comparison, write_report
+from student_trainer.sweep_report import write_sweep
 from student_trainer.waits import Waits
 
 RANDOM = np.random.default_rng(0)
 LABELS = RANDOM.integers(0, 10, 200)
 HOSTILE = "<script>alert('x')</script>&amp;.png"
-VOID = {"meta", "br", "img", "link", "hr", "input"}
+VOID = {"meta", "br", "wbr", "img", "link", "hr", "input"}
 
 
 def logits(share_right: float) -> Any:
@@ -46,22 +50,36 @@ def gathered() -> dict[str, Any]:
     def judged(logits_NK: Any) -> dict[str, Any]:
         return {
             "scores": score(logits_NK, LABELS).model_dump(),
+            "confusions": confusions(logits_NK, LABELS).model_dump(mode="json"),
             "to_teacher": agreement(teacher_NK, logits_NK).model_dump(),
             "num_parameters": 1_234_567,
         }
 
     totals = {"images": 4000.0, "asked": 2100.0, "from_store": 1900.0, "seconds": 80.0, **Waits(student=60, teacher=20).model_dump()}
-    epochs = [{"epoch": number, "loss": {"small": 1 / number}, "top1": {"small": 0.1 * number}} for number in (1, 2, 3)]
+    totals |= {"images of small": 4000.0, "seconds of small": 45.5}
+    epochs = [{"epoch": n, "step": 40 * n, "loss": {"small": 1 / n}, "top1": {"small": 0.1 * n}} for n in (1, 2, 3)]
+    points = [
+        {
+            "step": step, "seconds": 20.0 * step, "images_per_s": 50.0, "losses": {"small": 3 / step}, "agreement": {"small": step / 5},
+            "waits": Waits(student=15.0 * step, teacher=5.0 * step).model_dump(),
+        }
+        for step in (1, 2, 3, 4)
+    ]  # fmt: skip
+    stopped = {"tiny": {"why": "diverged", "step": 12, "detail": "the loss is not finite"}}
+    trained = {"totals": totals, "epochs": epochs, "store": {"num_labels": 2100, "num_segments": 8, "size_bytes": 210_000}}
     return {
         "run": {"run_dir": "runs/example", "seed": 0, "data": {"unlabelled": {"path": "a<b>&c"}}},
         "class_names": [f"class {number}" for number in range(10)],
         "stages": {
             "evaluate": {
-                "teacher": {"scores": score(teacher_NK, LABELS).model_dump()},
+                "teacher": {
+                    "scores": score(teacher_NK, LABELS).model_dump(),
+                    "confusions": confusions(teacher_NK, LABELS).model_dump(mode="json"),
+                },
                 "students": {"small": judged(student_NK)},
                 "controls": {"small": judged(control_NK)},
             },
-            "train": {"totals": totals, "epochs": epochs, "store": {"num_labels": 2100, "num_segments": 8, "size_bytes": 210_000}},
+            "train": {**trained, "stopped": stopped},
             "control": {"totals": totals, "epochs": epochs[:2]},
             "export-student": {"files": [edge_file("fp32", True), edge_file("int8", False)]},
             "export-teacher": {
@@ -73,6 +91,7 @@ def gathered() -> dict[str, Any]:
         },
         "teacher": "export-teacher",
         "pretrain_curve": [{"step": step, "loss": 5 - step / 10, "accuracy": step / 20} for step in range(10)],
+        "history": {"train": {"points": points}, "control": {"points": []}},
         "rejected": [{"image_id": HOSTILE, "reason": "truncated"}],
     }
 
@@ -123,7 +142,7 @@ def test_the_page_says_the_runs_numbers(tmp_path: Path, gathered: dict[str, Any]
         "4000 crops trained every student in 80 s (50/s); 2100 labels came from the teacher, 1900 from the store.",
         "2100 labels in 0.2 MB (100 bytes each",
         "Student busy 75%, waits for teacher 25%",
-        "small/small.int8.onnx",
+        "small/ small.int8.onnx",  # it may break there
         "123 kB",
         "1.234 ms",
         "int8 is 3 % slower",
@@ -131,9 +150,11 @@ def test_the_page_says_the_runs_numbers(tmp_path: Path, gathered: dict[str, Any]
         "largest logit error 1.5e-05",
         "small, labels only",
         "Distillation report: example",
+        "tiny diverged at step 12: the loss is not finite",
+        "small 4,000 100% 45.5 s 2,100 210 kB",
     ):
         assert words in page.words, words
-    assert page.tags.count("svg") == 6
+    assert page.tags.count("svg") == 8
 
 
 def test_both_teachers_of_a_chain_are_in_the_table(tmp_path: Path, gathered: dict[str, Any]) -> None:
@@ -170,11 +191,113 @@ def test_a_run_without_control_edge_files_or_pretraining(tmp_path: Path, gathere
     stages["evaluate"]["controls"] = {}
     gathered |= {"pretrain_curve": [], "rejected": []}
     page = Page(write_report(tmp_path, gathered).read_text(encoding="utf-8"))
-    assert page.tags.count("svg") == 4
+    assert page.tags.count("svg") == 6
     assert "labels only" not in page.words.replace("labels only (control)", "")
     assert "Images that could not be used None." in page.words
+
+
+def test_a_run_of_before_there_were_histories_and_confusions(tmp_path: Path, gathered: dict[str, Any]) -> None:
+    evaluation = gathered["stages"]["evaluate"]
+    for entry in (evaluation["teacher"], evaluation["students"]["small"], evaluation["controls"]["small"]):
+        del entry["confusions"]
+    del gathered["stages"]["train"]["stopped"]
+    for row in gathered["stages"]["train"]["epochs"]:
+        row.pop("step", None)
+    gathered["history"] = {}
+    page = Page(write_report(tmp_path, gathered).read_text(encoding="utf-8"))
+    assert page.tags.count("svg") == 6
+    assert "Mistakes that distillation changed" not in page.words
+
+
+def test_mistakes_are_counted_in_the_best_students_name(tmp_path: Path, gathered: dict[str, Any]) -> None:
+    """Cell by cell against the matrices: nothing changed more than the first line of the table."""
+    page = Page(write_report(tmp_path, gathered).read_text(encoding="utf-8"))
+    matrices = {}
+    for group in ("students", "controls"):
+        matrices[group] = np.zeros((10, 10), dtype=int)
+        for true, answer, count in gathered["stages"]["evaluate"][group]["small"]["confusions"]["cells"]:
+            matrices[group][true, answer] = count
+    change_KK = (matrices["students"] - matrices["controls"]) / matrices["students"].sum(axis=1, keepdims=True)
+    np.fill_diagonal(change_KK, 0)
+    true, answer = np.unravel_index(np.abs(change_KK).argmax(), change_KK.shape)
+    first = re.search(r"change, points (class \d+ taken for class \d+) (\d+) (\d+) (\d+) (\d+) (\S+)", page.words)
+    assert first is not None
+    assert first[1] == f"class {true} taken for class {answer}"
+    assert (int(first[3]), int(first[4])) == (matrices["controls"][true, answer], matrices["students"][true, answer])
+    assert first[6] == f"{100 * change_KK[true, answer]:+.1f}"
+
+
+def test_students_have_a_page_of_their_own(tmp_path: Path, gathered: dict[str, Any]) -> None:
+    page = Page((write_report(tmp_path, gathered).parent / "students.html").read_text(encoding="utf-8"))
+    assert "Students of example" in page.words
+    assert "small 4,000 100% 45.5 s" in page.words
+    assert page.tags.count("svg") == 1
+
+
+def test_students_of_several_runs_are_compared_on_one_page(tmp_path: Path, gathered: dict[str, Any]) -> None:
+    other = copy.deepcopy(gathered)
+    other["run"]["run_dir"] = "runs/other"
+    other["stages"]["evaluate"]["students"]["small"]["scores"]["top1"] = 0.9999
+    reports = [write_report(tmp_path / name, one).with_suffix(".json") for name, one in (("a", gathered), ("b", other))]
+    page = Page(write_comparison(tmp_path / "all" / "students.html", reports).read_text(encoding="utf-8"))
+    assert "4 students of 2 runs" in page.words
+    assert page.words.index("other/small 100.0%") < page.words.index("example/small")
+
+
+def test_a_file_that_is_no_report_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text('{"run": {"run_dir": "x"}}')
+    with pytest.raises(ConfigError, match=r"report\.json is no report\.json that can be compared \(KeyError: 'stages'\)"):
+        write_comparison(tmp_path / "students.html", [path])
 
 
 def test_the_same_numbers_give_the_same_page(tmp_path: Path, gathered: dict[str, Any]) -> None:
     pages = [write_report(tmp_path / name, gathered).read_bytes() for name in ("one", "two")]
     assert pages[0] == pages[1]
+
+
+def test_a_sweep_has_all_its_students_on_one_page(tmp_path: Path, gathered: dict[str, Any]) -> None:
+    best = {"student": "small.1", "settings": {"optimizer.learning_rate": 0.1}, "rung": 1, "score": 0.75, "ended": None}
+    worst = {"student": "small.2", "settings": {"optimizer.learning_rate": 9.0}, "rung": 0, "score": None, "ended": "diverged at step 12"}
+    rows = [{**row, "num_parameters": 900} for row in (best, worst)]
+    totals = {**gathered["stages"]["train"]["totals"], "images of small.1": 3000.0, "seconds of small.1": 9.5}
+    epochs = [{"epoch": 1, "step": 40, "top1": {"small.1": 0.5}}]
+    points = [{"step": step, "losses": {"small.1": 2.0}, "agreement": {"small.1": 0.5}} for step in (1, 2)]
+    result = {**gathered["stages"]["train"], "ranking": rows, "totals": totals, "epochs": epochs}
+    page = Page(write_sweep(tmp_path / "new" / "sweep.html", "example", result, {"points": points}).read_text(encoding="utf-8"))
+    assert "Sweep of example: 2 students" in page.words
+    assert re.search(r"small.1 learning_rate 0.1 1 0.7500 900 3,000 43% 9.5 s at the end", page.words)
+    assert re.search(r"small.2 learning_rate 9.0 0 900 diverged at step 12", page.words)
+    assert page.tags.count("svg") == 2
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("width", [1280, 420])
+def test_nothing_is_cut_off_in_a_browser(tmp_path: Path, gathered: dict[str, Any], width: int) -> None:
+    """In a real Chromium: the page is no wider than the window, and every letter of a picture is inside it."""
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("there is no Chromium here")
+    report = write_report(tmp_path, gathered)
+    complaints: list[str] = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport={"width": width, "height": 900})
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        for path in (report, report.with_name("students.html")):
+            page.goto(path.as_uri())
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            assert page.locator("svg").count() > 0
+            assert page.evaluate(LETTERS_OUTSIDE) == []
+        browser.close()
+    assert complaints == []
+
+
+LETTERS_OUTSIDE = """() => [...document.querySelectorAll('svg')].flatMap(svg => {
+    const frame = svg.getBoundingClientRect();
+    return [...svg.querySelectorAll('text')].filter(text => {
+        const box = text.getBoundingClientRect();
+        return box.left < frame.left - 2 || box.right > frame.right + 2 || box.top < frame.top - 2 || box.bottom > frame.bottom + 2;
+    }).map(text => text.textContent);
+})"""

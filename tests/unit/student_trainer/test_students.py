@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,15 @@ import pytest
 import torch
 
 from distill.checkpoint import load_checkpoint, save_checkpoint
-from distill.errors import CheckpointError, TeacherAnswerError
-from distill.models.classifier import build_classifier
+from distill.cluster.worker import LocalWorker
+from distill.errors import CheckpointError, ConfigError
+from distill.models.classifier import Classifier, build_classifier
 from distill.models.settings import NetworkSettings
 from distill.optimizer_settings import OptimizerSettings
 from distill.teacher_info import Preprocessing
 from student_trainer.loss import Lesson, distillation_loss
 from student_trainer.settings import StudentSettings, TrainSettings
-from student_trainer.students import Student, restore_students, save_students
+from student_trainer.students import Stopped, Student, prepare_students, restore_students, save_students
 
 SIZE = 16
 CPU = torch.device("cpu")
@@ -130,15 +132,118 @@ def test_a_step_lowers_the_loss_on_its_own_batch() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_is_refused_and_changes_no_weight(value: float) -> None:
-    (student,) = new_students(settings_of("first", "sgd"))
-    before = {name: parameter.clone() for name, parameter in student.network.named_parameters()}
-    spoilt = lesson(0)
+def test_a_student_whose_loss_is_not_finite_is_stopped_where_it_was(tmp_path: Path, value: float) -> None:
+    spoilt_one, good_one = students = new_students()
+    train(students, 0, 1)
+    before = {name: parameter.clone() for name, parameter in spoilt_one.network.named_parameters()}
+    loss, spoilt = spoilt_one.loss, lesson(1)
     assert spoilt.teacher_UK is not None
     spoilt.teacher_UK[0, 0] = value
-    with pytest.raises(TeacherAnswerError, match="student first: the loss is nan at step 3; try a smaller learning_rate"):
-        student.step(spoilt, TRAIN, 3, NUM_STEPS)
-    assert_same(before, dict(student.network.named_parameters()))
+    spoilt_one.step(spoilt, TRAIN, 1, NUM_STEPS)
+    assert spoilt_one.stopped == Stopped(why="diverged", step=1, detail="the loss is not finite at step 1; try a smaller learning_rate")
+    assert_same(before, dict(spoilt_one.network.named_parameters()))
+    assert spoilt_one.loss == loss
+    train([good_one], 1, 2)
+    save_students(tmp_path / "students", students, {"epoch": 0, "step": 2})
+    resumed = new_students(seed=99)
+    restore_students(tmp_path / "students", resumed)
+    assert [student.stopped for student in resumed] == [spoilt_one.stopped, None]
+    assert_same(everything(resumed), everything(students))
+
+
+def test_a_gradient_that_is_not_finite_stops_the_student(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The root of a feature that is 0 everywhere: the loss is finite and its derivative is not."""
+    (student,) = new_students(settings_of("first", "sgd"))
+    forward = student.network.body.forward
+    monkeypatch.setattr(student.network.body, "forward", lambda images: forward(images) + student.network.body.linear.bias.sqrt())
+    student.step(lesson(0), TRAIN, 0, NUM_STEPS)
+    assert student.stopped is not None
+    assert student.stopped.detail.startswith("the gradient is not finite at step 0")
+    assert student.network.body.linear.bias.tolist() == [0.0] * 10
+
+
+class TestAveragedWeights:
+    def test_against_a_slow_loop_in_float64(self) -> None:
+        """Weights and batch-norm statistics; the counters are those of the network."""
+        (student,) = new_students(settings_of("first", "sgd").replace(ema_decay=0.3))
+        assert student.averaged is not None
+        expected: dict[str, torch.Tensor] = {}
+        for step in range(NUM_STEPS):
+            student.step(lesson(step), TRAIN, step, NUM_STEPS)
+            decay = min(0.3, (1 + step) / (10 + step)) if step else 0.0
+            for name, tensor in student.network.state_dict().items():
+                old = expected.get(name, torch.zeros(()))
+                expected[name] = decay * old + (1 - decay) * tensor.double() if tensor.is_floating_point() else tensor.clone()
+        for name, tensor in student.judged.state_dict().items():
+            torch.testing.assert_close(tensor.double(), expected[name].double(), rtol=1e-5, atol=1e-7)
+        assert not torch.equal(student.judged.body.linear.weight, student.network.body.linear.weight)
+        assert not student.judged.training
+
+    def test_goes_on_after_a_restart(self, tmp_path: Path) -> None:
+        wanted = settings_of("first", "adamw").replace(ema_decay=0.9)
+        whole, begun, resumed = (new_students(wanted, seed=seed) for seed in (0, 0, 99))
+        train(whole, 0, 4)
+        train(begun, 0, 2)
+        save_students(tmp_path / "students", begun, {"epoch": 0, "step": 2})
+        restore_students(tmp_path / "students", resumed)
+        train(resumed, 2, 4)
+        assert_same(whole[0].judged.state_dict(), resumed[0].judged.state_dict())
+        assert_same(everything(whole), everything(resumed))
+
+    def test_a_checkpoint_without_them_is_refused(self, tmp_path: Path) -> None:
+        save_students(tmp_path / "students", new_students(settings_of("first", "sgd")), {"epoch": 0, "step": 0})
+        with pytest.raises(CheckpointError, match=r"the averaged weights of student first in .* belongs to another network"):
+            restore_students(tmp_path / "students", new_students(settings_of("first", "sgd").replace(ema_decay=0.9)))
+
+
+def test_what_is_saved_is_what_was_there_when_it_was_prepared(tmp_path: Path) -> None:
+    students = new_students(settings_of("first", "adamw").replace(ema_decay=0.9))
+    train(students, 0, 2)
+    progress: dict[str, Any] = {"epoch": 0, "step": 2, "epochs": [{"epoch": 1}]}
+    before, write = everything(students), prepare_students(students, progress)
+    train(students, 2, 4)
+    progress["epochs"].append({"epoch": 2})
+    write(tmp_path / "students")
+    resumed = new_students(settings_of("first", "adamw").replace(ema_decay=0.9), seed=99)
+    assert restore_students(tmp_path / "students", resumed)["epochs"] == [{"epoch": 1}]
+    assert_same(everything(resumed), before)
+
+
+def mlp() -> Classifier:
+    """So few kernels that compiling them to C++ takes seconds."""
+    torch.manual_seed(0)
+    body = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * SIZE**2, 8), torch.nn.ReLU(), torch.nn.Linear(8, 10))
+    return Classifier(body, Preprocessing(image_size=SIZE))
+
+
+class TestCompiled:
+    def check(self, plain: Student, compiled: Student, backend: str, folder: Path) -> None:
+        compiled.join(LocalWorker(folder, device=CPU), backend)
+        train([plain], 0, 2)
+        train([compiled], 0, 2)
+        for name, tensor in plain.network.state_dict().items():
+            torch.testing.assert_close(compiled.network.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
+        assert compiled.trained is not compiled.network
+        save_students(folder / "students", [compiled], {"epoch": 0, "step": 2})
+        names = load_checkpoint(folder / "students").weights
+        assert [name for name in names if "_orig_mod" in name] == []
+        assert len(names) == 2 * len(plain.network.state_dict())
+
+    def test_learns_the_same_and_leaves_no_trace_in_the_checkpoint(self, tmp_path: Path) -> None:
+        wanted = settings_of("first", "sgd")
+        self.check(*new_students(wanted), *new_students(wanted.replace(ema_decay=0.9)), "aot_eager", tmp_path)
+
+    @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
+    @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # inductor's own use of it
+    def test_to_cpp(self, tmp_path: Path) -> None:
+        wanted = settings_of("first", "sgd")
+        plain, compiled = (Student(w, mlp(), CPU, global_batch=8) for w in (wanted, wanted.replace(ema_decay=0.9)))
+        self.check(plain, compiled, "inductor", tmp_path)
+
+    def test_a_backend_that_is_not_there_is_refused(self, tmp_path: Path) -> None:
+        (student,) = new_students(settings_of("first", "sgd"))
+        with pytest.raises(ConfigError, match=r"train\.compile_backend 'inducter' is none of torch\.compile's: .*inductor"):
+            student.join(LocalWorker(tmp_path, device=CPU), "inducter")
 
 
 @pytest.mark.parametrize(

@@ -29,3 +29,14 @@ def test_the_longest_wait_is_named_with_what_to_scale(name: str) -> None:
 
 def test_every_wait_but_training_has_advice() -> None:
     assert set(ADVICE) == set(Waits.model_fields) - {"student"}
+
+
+def test_the_last_half_minute_is_a_difference() -> None:
+    earlier, now = Waits(student=10, teacher=90), Waits(student=40, teacher=90, decode=2)
+    assert now.since(earlier) == Waits(student=30, decode=2)
+    assert earlier.bottleneck() == {"for": "teacher", "share": 0.9, "scale": ADVICE["teacher"]}
+    assert now.since(earlier).bottleneck() is None
+
+
+def test_nothing_waited_for_is_no_bottleneck() -> None:
+    assert Waits().bottleneck() is None

@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from distill.checkpoint import Checkpoint, load_checkpoint
+from distill.checkpoint import Checkpoint, Write, load_checkpoint
 from distill.cluster.worker import LocalWorker, Row
-from distill.errors import CheckpointError
+from distill.errors import CheckpointError, TrainingDiverged
 from distill.loader import CropLoader
 from distill.models.classifier import build_classifier
 from distill.models.saved_classifier import ClassifierCard, load_classifier, save_classifier
@@ -100,15 +100,17 @@ class Killed(Exception):
 class MortalWorker(LocalWorker):
     """Dies right after its first checkpoint."""
 
-    def checkpoint(self, write: Callable[[Path], None]) -> None:
-        super().checkpoint(write)
+    def checkpoint(self, prepare: Callable[[], Write]) -> None:
+        super().checkpoint(prepare)
         raise Killed
 
 
-def run(job: TrainJob, folder: Path, kind: type[LocalWorker] = LocalWorker) -> tuple[Checkpoint, list[Row]]:
+def run(
+    job: TrainJob, folder: Path, kind: type[LocalWorker] = LocalWorker, wants_stop: Callable[[], bool] = lambda: False
+) -> tuple[Checkpoint, list[Row]]:
     """The students' checkpoint at the end, and all rows."""
     rows: list[Row] = []
-    train_worker(job.model_dump(mode="json"), kind(folder, rows.append, CPU))
+    train_worker(job.model_dump(mode="json"), kind(folder, rows.append, CPU, wants_stop))
     return load_checkpoint(folder / "checkpoint" / "students"), rows
 
 
@@ -118,7 +120,7 @@ def assert_same(one: Checkpoint, other: Checkpoint) -> None:
     assert [name for name in one.weights if not torch.equal(one.weights[name], other.weights[name])] == []
     assert one.state is not None
     assert other.state is not None
-    mine, theirs = (checkpoint["small"]["state"] for checkpoint in (one.state, other.state))
+    mine, theirs = (checkpoint["small"]["optimizer"]["state"] for checkpoint in (one.state, other.state))
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[n][k], theirs[n][k]) for n in mine for k in mine[n])
 
@@ -227,24 +229,149 @@ def test_weights_for_a_student_that_is_not_there_are_refused(job_of: JobOf) -> N
         job_of().replace(initial_checkpoints={"big": "somewhere"})
 
 
-def test_two_workers_do_what_one_does(job_of: JobOf, tmp_path: Path, teachers: list[FakeTeacher]) -> None:
-    """Batches of 5 taught and 3 labelled images, cut 3 + 2 and 2 + 1 among two workers: loss, batch norm and totals are of them all."""
-    job = job_of(alpha=0.5, labelled_batch=3, student={"optimizer": {"learning_rate": 0.01}})
-    alone, _ = run(job, tmp_path / "alone")
+def student_of(name: str, learning_rate: float = 0.02, **more: Any) -> dict[str, Any]:
+    network = {"depth": 10, "width_multiplier": 0.125, "stem": "cifar"}
+    return {"name": name, "network": network, "optimizer": {"learning_rate": learning_rate, "warmup_share": 0}, **more}
+
+
+class TestDivergence:
+    def test_one_student_is_stopped_and_named_and_the_others_do_not_notice(
+        self, job_of: JobOf, tmp_path: Path, teachers: list[FakeTeacher]
+    ) -> None:
+        job = job_of(students=[student_of("small"), student_of("wild", learning_rate=1e38)], checkpoint_every_steps=3)
+        alone, _ = run(job_of(students=[student_of("small")]), tmp_path / "alone")
+        with pytest.raises(Killed):
+            run(job, tmp_path / "both", MortalWorker)
+        stopped = load_checkpoint(tmp_path / "both" / "checkpoint" / "students").manifest["stopped"]
+        assert (list(stopped), stopped["wild"]["why"]) == (["wild"], "diverged")
+        found, rows = run(job, tmp_path / "both")  # goes on without it
+        assert found.manifest["stopped"] == stopped
+        assert [name for name, tensor in alone.weights.items() if not torch.equal(tensor, found.weights[name])] == []
+        (epoch,) = [row for row in rows if row["kind"] == "epoch"]
+        assert (list(epoch["loss"]), list(epoch["top1"])) == (["small"], ["small"])
+        json.dumps(rows, allow_nan=False)
+        keep_students(tmp_path / "both" / "checkpoint" / "students", job, tmp_path / "kept")
+        assert [path.name for path in (tmp_path / "kept" / "students").iterdir()] == ["small"]
+
+    def test_it_is_said_when_it_happens(self, job_of: JobOf, tmp_path: Path, teachers: list[FakeTeacher]) -> None:
+        _, rows = run(job_of(students=[student_of("small"), student_of("wild", learning_rate=1e38)]), tmp_path / "run")
+        (row,) = [row for row in rows if row["kind"] == "stopped"]
+        assert (row["student"], row["why"]) == ("wild", "diverged")
+        assert row["detail"].endswith(f"is not finite at step {row['step']}; try a smaller learning_rate")
+
+    def test_where_none_is_left_the_run_fails_and_keeps_its_last_checkpoint(
+        self, job_of: JobOf, tmp_path: Path, teachers: list[FakeTeacher]
+    ) -> None:
+        job = job_of(students=[student_of("wild", learning_rate=1e38)], checkpoint_every_steps=1)
+        with pytest.raises(TrainingDiverged, match=r"no student is left: student wild: the (loss|gradient) is not finite at step"):
+            run(job, tmp_path / "run")
+        kept = load_checkpoint(tmp_path / "run" / "checkpoint" / "students").manifest
+        assert kept["stopped"] == {}
+        assert kept["step"] > 0
+
+
+class TestSelection:
+    """Three students, of which the second learns and the others do not: the order at any rung is known."""
+
+    def job(self, job_of: JobOf, **more: Any) -> TrainJob:
+        rates = {"still": 1e-12, "small": 0.05, "slow": 1e-7}
+        students = [student_of(name, learning_rate) for name, learning_rate in rates.items()]
+        selection = {"halving": {"eta": 3, "rungs": [0.5], "metric": "loss"}, "held_out_images": 10}
+        return job_of(epochs=2, students=students, num_evaluations=2, **{**selection, **more})
+
+    def test_halving_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(
+        self, job_of: JobOf, tmp_path: Path, teachers: list[FakeTeacher]
+    ) -> None:
+        """8 steps, a rung after 3, checkpoints after each: the run is cut off before the rung, and after it."""
+        job = self.job(job_of, checkpoint_every_steps=1, halving={"eta": 3, "rungs": [3 / 8], "metric": "loss"})
+        whole, rows = run(job, tmp_path / "whole")
+        assert {name: (s["why"], s["step"]) for name, s in whole.manifest["stopped"].items()} == dict.fromkeys(
+            ("still", "slow"), ("halving", 3)
+        )
+        (rung,) = [row for row in rows if row["kind"] == "rung"]
+        assert (rung["step"], rung["kept"], list(rung["scores"])) == (3, ["small"], ["still", "small", "slow"])
+        for cut_off in range(6):
+            with pytest.raises(Killed):
+                run(job, tmp_path / "cut", MortalWorker)
+            kept = load_checkpoint(tmp_path / "cut" / "checkpoint" / "students").manifest
+            assert set(kept["stopped"]) == ({"still", "slow"} if cut_off >= 2 else set())
+        resumed, _ = run(job, tmp_path / "cut")
+        assert_same(whole, resumed)
+        assert resumed.manifest["selection"] == whole.manifest["selection"]
+        assert resumed.manifest["stopped"] == whole.manifest["stopped"]
+        alone, _ = run(self.job(job_of, halving=None), tmp_path / "alone")
+        assert [n for n in alone.weights if n.startswith("small/") and not torch.equal(alone.weights[n], whole.weights[n])] == []
+
+    def test_who_is_cut_keeps_what_it_had_learnt(self, job_of: JobOf, tmp_path: Path, teachers: list[FakeTeacher]) -> None:
+        job = self.job(job_of)
+        run(job, tmp_path / "run")
+        kept = keep_students(tmp_path / "run" / "checkpoint" / "students", job, tmp_path / "run")
+        assert sorted(path.name for path in (tmp_path / "run" / "students").iterdir()) == ["slow", "small", "still"]
+        assert len(kept["selection"]["rungs"]) == 1
+
+    def test_where_all_stop_early_the_run_is_over(self, job_of: JobOf, tmp_path: Path, teachers: list[FakeTeacher]) -> None:
+        stop = {"patience": 1, "min_delta": 1000, "metric": "loss"}
+        job = self.job(job_of, halving=None, early_stop=stop).replace(epochs=9)
+        job = job.replace(train=job.train.replace(num_evaluations=9))
+        found, rows = run(job, tmp_path / "run")
+        assert {(s["why"], s["step"]) for s in found.manifest["stopped"].values()} == {("early stop", 8)}
+        assert [row["epoch"] for row in rows if row["kind"] == "epoch"] == [1, 2]
+        again, rows = run(job, tmp_path / "run")
+        assert again.manifest["totals"]["images"] == found.manifest["totals"]["images"] == 40
+        assert rows == []
+
+    def test_the_control_trains_all(self, job_of: JobOf, tmp_path: Path, teachers: list[FakeTeacher]) -> None:
+        found, _ = run(self.job(job_of, objective="labels", early_stop={"patience": 1}), tmp_path / "run")
+        assert found.manifest["stopped"] == {}
+
+
+def test_a_wish_to_stop_is_heard_while_the_teacher_is_silent(
+    job_of: JobOf, tmp_path: Path, teachers: list[FakeTeacher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is kept goes on with the step that could not be taken."""
+    silent = FakeTeacher(len(CLASSES), unavailable_calls=10**9)
+    monkeypatch.setattr(lessons, "open_teacher", lambda address: silent)
+    monkeypatch.setattr("student_trainer.stream.TELL_EVERY_S", 0.01)
+    answers = iter([False, True])
+    stopped, _ = run(job_of(), tmp_path / "run", wants_stop=lambda: next(answers))
+    assert (stopped.manifest["epoch"], stopped.manifest["step"], stopped.manifest["totals"]["images"]) == (0, 0, 0)
+    monkeypatch.setattr(lessons, "open_teacher", lambda address: FakeTeacher(len(CLASSES)))
+    whole, _ = run(job_of(), tmp_path / "whole")
+    assert_same(run(job_of(), tmp_path / "run")[0], whole)
+
+
+def run_pair(job: TrainJob, folder: Path, *stop_after: int) -> Checkpoint:
+    """As `run`, in two processes."""
     script = Path(__file__).with_name("train_in_processes.py")
-    (tmp_path / "pair").mkdir()
-    order = job.replace(store_folder=str(tmp_path / "pair-store")).model_dump_json()
-    command = [sys.executable, "-W", "error", str(script), str(tmp_path / "pair"), order]
-    made = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, "-W", "error", str(script), str(folder), job.model_dump_json(), *map(str, stop_after)]
+    made = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert made.returncode == 0, made.stderr
-    pair = load_checkpoint(tmp_path / "pair" / "checkpoint" / "students")
+    return load_checkpoint(folder / "checkpoint" / "students")
+
+
+@pytest.mark.parametrize("first", ["one worker", "two workers"])
+def test_on_other_workers_it_goes_on_as_if_it_had_not_stopped(
+    job_of: JobOf, tmp_path: Path, teachers: list[FakeTeacher], first: str
+) -> None:
+    """Batches of 5 taught and 3 labelled images, cut 3 + 2 and 2 + 1 among two workers: loss, the images' weights in it, batch norm,
+    averaged weights and totals are of them all. A stop in the middle, and another number of workers for the rest."""
+    student = {"optimizer": {"learning_rate": 0.01, "max_grad_norm": 0.5}, "ema_decay": 0.9}
+    job = job_of(alpha=0.5, labelled_batch=3, weighting="entropy", student=student)
+    alone, _ = run(job, tmp_path / "alone")
+    job = job.replace(store_folder=str(tmp_path / "pair-store"))
+    if first == "one worker":
+        answers = iter([False, False, True])
+        stopped, _ = run(job, tmp_path / "pair", wants_stop=lambda: next(answers))
+        pair = run_pair(job, tmp_path / "pair")
+    else:
+        stopped = run_pair(job, tmp_path / "pair", 2)
+        pair, _ = run(job, tmp_path / "pair")
+    assert (stopped.manifest["epoch"], stopped.manifest["step"], stopped.manifest["totals"]["images"]) == (0, 2, 10)
     for name, tensor in alone.weights.items():
         torch.testing.assert_close(pair.weights[name], tensor, rtol=1e-4, atol=1e-5)
-    assert {name: pair.manifest["totals"][name] for name in ("images", "asked", "from_store")} == {
-        "images": 20,
-        "asked": 20,
-        "from_store": 0,
-    }
+    totals = pair.manifest["totals"]
+    assert totals["images"] == totals["asked"] + totals["from_store"] == 20
 
 
 class TestLabelledBatches:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from distill.checkpoint import PRETRAINED, load_checkpoint, save_checkpoint
+from distill.checkpoint import PRETRAINED, Write, load_checkpoint, save_checkpoint
 from distill.cluster.worker import LocalWorker, Row
 from distill.data_settings import DataSettings
 from distill.errors import CheckpointError, ConfigError
@@ -395,12 +395,16 @@ class TestResume:
         assert {**run(pretrained(images, checkpoint), images, tmp_path, epochs=1), "seconds": 0} == {**first, "seconds": 0}
 
     def test_saves_now_and_then_and_at_the_end(self, images: Path, checkpoint: Path, tmp_path: Path) -> None:
+        steps: list[int] = []
+
+        def note(weights: Any, manifest: dict[str, Any], state: Any) -> Write:
+            steps.append(manifest["result"]["steps"])
+            return lambda folder: None
+
         for number, (every_s, expected) in enumerate([(1e-9, [1, 2, 3, 4]), (1e9, [4])]):
-            steps: list[int] = []
+            steps.clear()
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(
-                    module, "save_checkpoint", lambda _, __, manifest, ___, steps=steps: steps.append(manifest["result"]["steps"])
-                )
+                patch.setattr(module, "prepare_checkpoint", note)
                 run(pretrained(images, checkpoint), images, tmp_path / str(number), epochs=1, checkpoint_every_s=every_s)
             assert steps == expected
 

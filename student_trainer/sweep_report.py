@@ -1,0 +1,62 @@
+"""The page of a sweep: all its students on one, the best first, with their settings, what they cost and why they ended.
+
+Flow: the result of the stage `sweep` (see `student_trainer.sweep.ranking`) and its history -> `sweep.html`. Unit of data: one student.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from student_trainer import comparison_plots, plots
+from student_trainer.comparison import Cost, costs_of
+from student_trainer.report import describe_machine, write_page
+
+
+def write_sweep(path: Path, run_name: str, result: dict[str, Any], history: dict[str, Any]) -> Path:
+    """Write the page at `path`.
+
+    Args:
+        result: plain data: `ranking`, `totals`, `epochs` and `store` of the stage.
+        history: see `student_trainer.history.read_history`.
+    """
+    ranking, costs, points = result["ranking"], costs_of(result), history["points"]
+    best = [row["student"] for row in ranking[: plots.MOST_LINES]]
+    scored = [row for row in ranking if row["score"] is not None]
+    content = {
+        "title": f"Sweep of {run_name}: {len(ranking)} students on one stream of labels",
+        "rows": [_row(row, costs.get(row["student"])) for row in ranking],
+        "sizes": _sizes(scored) if scored else "",
+        "curves": plots.curves(best, {"distilled": result["epochs"]}, points) if points else "",
+        "most_lines": plots.MOST_LINES,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return write_page(path, "sweep.html.j2", describe_machine(), content)
+
+
+def _row(row: dict[str, Any], cost: Cost | None) -> dict[str, str]:
+    return {
+        "student": row["student"],
+        "settings": ", ".join(f"{field.rpartition('.')[2]} {value}" for field, value in row["settings"].items()),
+        "rung": str(row["rung"]),
+        "score": "" if row["score"] is None else f"{row['score']:.4f}",
+        "parameters": f"{row['num_parameters']:,}",
+        "images": "" if cost is None else f"{cost.images:,.0f}",
+        "stream_share": "" if cost is None else f"{cost.stream_share:.0%}",
+        "step_seconds": "" if cost is None else f"{cost.step_seconds:,.1f} s",
+        "ended": row["ended"] or "at the end",
+    }
+
+
+def _sizes(scored: list[dict[str, Any]]) -> str:
+    """Score against size; hollow ones ended before the others, whose later scores they cannot be measured against."""
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        places = [(row["student"], row["num_parameters"], row["score"], row["ended"] is None) for row in scored]
+        comparison_plots.mark_front(axes, places)
+        axes.set(xlabel="parameters", ylabel="score on held-out crops")
+
+    return plots.draw(paint, width=9.0, height=3.6)
