@@ -27,7 +27,7 @@ from distill.cluster.board import BoardHandle, raise_failure, report_failure, st
 from distill.cluster.session import ray_session
 from distill.cluster.settings import RaySettings
 from distill.cluster.worker import Row
-from distill.errors import DistillError
+from distill.errors import DistillError, TooManyRejected
 from distill.loader import CropLoader, LoaderSettings
 from distill.progress import RowLine
 from distill.rejections import RejectionLog
@@ -37,6 +37,9 @@ from student_trainer.label_units import Unit, UnitDone, UnitLabeller, label_left
 from student_trainer.open_store import open_label_store
 from student_trainer.store_claims import Claims
 from teacher_server.address import open_teacher
+
+COUNTS = ("images", "asked", "is_others", "seen", "rejected")
+"""What an actor answers about a unit: fields of `UnitDone`."""
 
 
 class LabelUnits:
@@ -65,7 +68,7 @@ class LabelUnits:
         except DistillError as error:
             report_failure(self._board, error)
             raise
-        counts = {name: np.array([getattr(unit, name) for unit in done], dtype=np.int64) for name in ("images", "asked", "is_others")}
+        counts = {name: np.array([getattr(unit, name) for unit in done], dtype=np.int64) for name in COUNTS}
         return {**units, **counts}
 
 
@@ -77,26 +80,43 @@ def label_images(job: TrainJob, settings: RaySettings) -> dict[str, Any]:
 
     Raises:
         DistillError: what an actor met, as the class it was there. What was committed stays.
+        TooManyRejected: of the images that all actors tried, or that had labels in every view, more than `data.max_rejected_share` are bad.
     """
     store = open_label_store(job)
     sizes = [shard.num_records for shard in job.open_images().shards]
     num_views = job.train.num_views
-    skipped = sum(sizes) * num_views - sum(sizes[shard] for _, shard in units_left(store, sizes, num_views))
+    left = units_left(store, sizes, num_views, job.rules)
+    skipped = sum(sizes) * num_views - sum(sizes[shard] for _, shard in left)
+    shards_left = {shard for _, shard in left}
+    # Images whose labels are all there count as tried: what an earlier run left over would look all bad.
+    num_seen, num_rejected = sum(size for shard, size in enumerate(sizes) if shard not in shards_left), 0
     totals = {"images": skipped, "asked": 0, "from_store": skipped}
     with RowLine("label", exact=True) as line:
         line.show(_row(totals, sum(sizes) * num_views))
-        if units_left(store, sizes, num_views):
+        if left:
             with ray_session(settings):
                 run = partial(_run_units, job, settings)
-                for _, done in label_left(store, sizes, num_views, uuid.uuid4().hex, run, job.store.claim_s):
+                for _, done in label_left(store, sizes, left, job.rules, uuid.uuid4().hex, run, job.store.claim_s):
                     totals = {
                         "images": totals["images"] + done.images,
                         "asked": totals["asked"] + done.asked,
                         "from_store": totals["from_store"] + done.images - done.asked,
                     }
+                    num_seen, num_rejected = num_seen + done.seen, num_rejected + done.rejected
                     line.show(_row(totals, sum(sizes) * num_views))
+    _refuse_if_over(job, num_seen, num_rejected)
     store.refresh()
     return {"totals": totals, "store": store.stats().model_dump()}
+
+
+def _refuse_if_over(job: TrainJob, num_seen: int, num_rejected: int) -> None:
+    """The last look, however few the images: an actor stops by itself only after it has tried some number of them."""
+    if num_rejected > job.data.max_rejected_share * num_seen:
+        raise TooManyRejected(
+            f"{num_rejected} of {num_seen} images ({num_rejected / max(num_seen, 1):.2%}) cannot be used, over the limit of"
+            f" {job.data.max_rejected_share:.2%} (data.max_rejected_share); they are listed in {job.rejected_path}: mend or remove them, or"
+            " raise the limit. The labels of the others are kept"
+        )
 
 
 def _row(totals: dict[str, int], num_labels: int) -> Row:
@@ -122,7 +142,10 @@ def _run_units(job: TrainJob, settings: RaySettings, units: list[Unit]) -> Itera
     )
     try:
         for row in dataset.iter_rows():
-            yield (int(row["view"]), int(row["shard"])), UnitDone(int(row["images"]), int(row["asked"]), bool(row["is_others"]))
+            yield (
+                (int(row["view"]), int(row["shard"])),
+                UnitDone(int(row["images"]), int(row["asked"]), bool(row["is_others"]), int(row["seen"]), int(row["rejected"])),
+            )
     except ray.exceptions.RayError as error:
         raise_failure(board)
         raise DistillError(f"labelling stopped: {type(error).__name__}; run it again to go on with what is left") from error

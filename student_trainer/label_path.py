@@ -200,8 +200,9 @@ class LabelPath:
 
     def _keep(self, view: int, rows: Rows, image_ids: Sequence[str], records: Sequence[Record]) -> None:
         for (shard, row), image_id, record in zip(rows.tolist(), image_ids, records, strict=True):
-            self._pending.setdefault((view, shard), {})[row] = (image_id, record)
-        self._num_pending += len(records)
+            kept = self._pending.setdefault((view, shard), {})
+            self._num_pending += row not in kept  # two questions about one crop may have been on their way at once
+            kept[row] = (image_id, record)
 
     async def _commit_aside(self) -> None:
         """Begin to write what is pending, and go on. A disk that is slower than the teacher is waited for here."""
@@ -215,8 +216,10 @@ class LabelPath:
         for key in keys:
             if key in self._pending:
                 self._writing[key] = self._take(key)
-                segments = await asyncio.wrap_future(self._disk.submit(self._write, key, self._writing[key]))
-                del self._writing[key]
+                try:
+                    segments = await asyncio.wrap_future(self._disk.submit(self._write, key, self._writing[key]))
+                finally:
+                    del self._writing[key]
                 self._forget(segments)
 
     def commit(self) -> None:
@@ -241,9 +244,16 @@ class LabelPath:
         ids, records = [i for i, _ in labels.values()], [r for _, r in labels.values()]
         try:
             return self.store.commit(*key, list(labels), ids, records, self.rules.temperatures, self.rules.max_tv)
-        except StoreError as error:
-            self._failure = self._failure or error
+        except Exception as error:  # noqa: BLE001 - nobody reads the task that writes aside; carried to the next commit, raised there
+            self._failure = self._failure or self._as_store_error(error)
             return []
+
+    def _as_store_error(self, error: Exception) -> StoreError:
+        if isinstance(error, StoreError):
+            return error
+        said = StoreError(f"labels cannot be written to {self.store.folder}: {type(error).__name__}: {error}")
+        said.__cause__ = error
+        return said
 
     def _raise_failure(self) -> None:
         failure, self._failure = self._failure, None

@@ -18,9 +18,10 @@ import numpy.typing as npt
 from distill.errors import StoreError
 from distill.loader import CropLoader
 from distill.rejections import RejectionLog
-from student_trainer.label_path import LabelPath
+from student_trainer.label_path import LabelPath, LabelRules
 from student_trainer.store import SoftLabelStore
-from student_trainer.store_claims import LEASE_S, Claims
+from student_trainer.store_claims import FAILURES, LEASE_S, Claims
+from student_trainer.store_segments import ROUNDING, readable_rows
 from student_trainer.unanswerable import answerable
 
 LOOK_AGAIN_S = 1.0
@@ -39,6 +40,10 @@ class UnitDone:
     """Of these, labels that the teacher was asked for."""
     is_others: bool = False
     """Another job is at it."""
+    seen: int = 0
+    """Images that its actor tried here for the first time."""
+    rejected: int = 0
+    """Images that its actor refused here for the first time."""
 
 
 class UnitLabeller:
@@ -68,8 +73,9 @@ class UnitLabeller:
         try:
             if not self._claims.take(view, shard):
                 return UnitDone(0, 0, is_others=True)
-        except OSError as error:
-            raise StoreError(f"no claim can be written to {self._path.store.folder}: {error.strerror or error}") from error
+        except FAILURES as error:
+            said = getattr(error, "strerror", None) or error
+            raise StoreError(f"no claim can be written to {self._path.store.folder}: {said}") from error
         try:
             self._path.store.refresh(view)  # another job may have done it between our look and our claim
             return await self._label(view, shard)
@@ -78,6 +84,7 @@ class UnitLabeller:
 
     async def _label(self, view: int, shard: int) -> UnitDone:
         rows = self._loader.rows_of_shard(shard)
+        seen, rejected = self._rejections.num_seen, self._rejections.num_rejected
         if shard not in self._seen:
             self._seen.add(shard)
             self._rejections.saw(len(rows))
@@ -94,16 +101,35 @@ class UnitLabeller:
         finally:
             self._path.commit()
         self._rejections.check()
-        return UnitDone(sum(images for images, _ in counts), sum(asked for _, asked in counts))
+        return UnitDone(
+            images=sum(images for images, _ in counts),
+            asked=sum(asked for _, asked in counts),
+            seen=self._rejections.num_seen - seen,
+            rejected=self._rejections.num_rejected - rejected,
+        )
 
 
-def units_left(store: SoftLabelStore, sizes: list[int], num_views: int) -> list[Unit]:
-    """The units with labels missing, as far as the store was read."""
-    have: dict[Unit, int] = {}
-    for segment in store.segments:
-        key = (segment.view, segment.shard)
-        have[key] = have.get(key, 0) + segment.num_labels
-    return [(v, s) for v in range(num_views) for s, size in enumerate(sizes) if have.get((v, s), 0) < size]
+def units_left(store: SoftLabelStore, sizes: list[int], num_views: int, rules: LabelRules) -> list[Unit]:
+    """The units with labels missing, as far as the store was read. A label that is too rough for `rules` is missing.
+
+    Raises:
+        StoreError: the store cannot be read.
+    """
+    return [(v, s) for v in range(num_views) for s, size in enumerate(sizes) if not _is_whole(store, (v, s), size, rules)]
+
+
+def _is_whole(store: SoftLabelStore, unit: Unit, size: int, rules: LabelRules) -> bool:
+    """Whether every row has a label that a read by these rules accepts. From the manifest alone where it says enough."""
+    segments = store.manifest.of(*unit)
+    if sum(segment.num_labels for segment in segments) < size:
+        return False
+    for segment in segments:
+        is_exact = segment.worst_tv is not None and segment.worst_tv <= rules.max_tv * ROUNDING
+        if segment.num_labels >= size and is_exact and rules.temperature in segment.temperatures:
+            return True
+    tables = store.tables(*unit, ("row", "max_tv", "max_logit_error"))
+    rows = [readable_rows(segment, table, rules.temperature, rules.max_tv) for segment, table in tables]
+    return len(np.unique(np.concatenate([np.empty(0, np.int32), *rows]))) >= size
 
 
 def from_own_start(units: list[Unit], owner: str) -> list[Unit]:
@@ -117,7 +143,8 @@ def from_own_start(units: list[Unit], owner: str) -> list[Unit]:
 def label_left(
     store: SoftLabelStore,
     sizes: list[int],
-    num_views: int,
+    left: list[Unit],
+    rules: LabelRules,
     owner: str,
     run: Callable[[list[Unit]], Iterable[tuple[Unit, UnitDone]]],
     claim_s: float = LEASE_S,
@@ -127,14 +154,18 @@ def label_left(
 
     Args:
         sizes: records of each image shard.
+        left: see `units_left`.
+        rules: how exact a label must be.
         owner: anything that is this job's own.
         run: labels units and tells of each.
         claim_s: see `store.claim_s`.
 
     Yields:
         what became of each unit, once; a unit that another job did counts nothing asked.
+
+    Raises:
+        StoreError: the store cannot be read.
     """
-    left = units_left(store, sizes, num_views)
     with Claims(store.files, claim_s) as claims:  # only looks
         free = left
         while left:
@@ -150,7 +181,7 @@ def label_left(
             while left and not free:
                 pause(LOOK_AGAIN_S)
                 store.refresh()
-                missing = set(units_left(store, sizes, num_views))
+                missing = {unit for unit in left if not _is_whole(store, unit, sizes[unit[1]], rules)}
                 for unit in [unit for unit in left if unit not in missing]:
                     yield unit, UnitDone(sizes[unit[1]], 0)
                 left = [unit for unit in left if unit in missing]

@@ -133,7 +133,7 @@ class SoftLabelStore:
         return StoreStats(num_labels=total(segments, "num_labels"), num_segments=len(segments), size_bytes=total(segments, "size_bytes"))
 
     def manifest_digest(self) -> str:
-        """sha256 (hex) over the committed segments; goes into checkpoints."""
+        """sha256 (hex) over the committed segments. A record in checkpoints for people who compare two runs; nothing reads it back."""
         return digest_of([segment.sha256 for segment in self.segments])
 
     def read(self, view: int, shard: int, temperature: float, max_tv: float) -> ShardLabels:
@@ -230,7 +230,10 @@ class SoftLabelStore:
             if left is None:
                 return fresh
             table = left
-        raise StoreError(
+        raise self._others_first(view, shard)
+
+    def _others_first(self, view: int, shard: int) -> StoreError:
+        return StoreError(
             f"labels cannot be written to {self.folder}: {MOST_TRIES} times in a row others committed first to shard {shard} in view"
             f" {view}; committed labels are safe, run it again"
         )
@@ -245,6 +248,9 @@ class SoftLabelStore:
                 new = self._without_kept(segment, table, limit)
                 left = None if len(new) == len(table) and self.manifest.append(segment) else new
                 fresh += self.manifest.refresh(segment.view)
+                # Also where the answer to `append` was lost, and the client library tried again and was refused.
+                if self._is_named(segment):
+                    left = None
         except OSError as error:
             self._undo(segment)
             raise StoreError(f"labels cannot be written to {self.folder}: {_said(error)}; committed labels are safe") from error
@@ -254,6 +260,7 @@ class SoftLabelStore:
 
     def _segment(self, view: int, shard: int, temperatures: tuple[float, ...], table: pa.Table, replaces: tuple[str, ...] = ()) -> Segment:
         data = table_bytes(table)
+        worst_tv = float(np.max(table["max_tv"].to_numpy())) if len(table) else None
         return Segment(
             view=view,
             shard=shard,
@@ -263,6 +270,7 @@ class SoftLabelStore:
             size_bytes=len(data),
             temperatures=temperatures,
             replaces=replaces,
+            worst_tv=worst_tv,
         )
 
     def _without_kept(self, segment: Segment, table: pa.Table, limit: float) -> pa.Table:
@@ -284,7 +292,8 @@ class SoftLabelStore:
             replaces: the segments whose labels they hold.
 
         Raises:
-            StoreError: the store cannot be written.
+            StoreError: the store cannot be written; or on an object store others committed to this shard and view first, MOST_TRIES times
+                in a row for one segment. The labels that were there still count.
         """
         names = tuple(segment.file for segment in replaces)
         # The first names what is replaced and comes last: until then the old ones count, and labels in both are read once.
@@ -296,27 +305,36 @@ class SoftLabelStore:
         try:
             for segment, (_, table) in zip(made, tables, strict=True):
                 self.files.put(segment.file, table_bytes(table))
-            while pending:
+            tries = 0
+            while pending and tries < MOST_TRIES:
                 with self.files.locked():
                     self.manifest.refresh(view)
                     replaced = {segment.file for segment in self.manifest.replaced()}
                     if replaced & set(names):
                         break
-                    if self.manifest.append(pending[0]):
-                        pending.pop(0)
+                    is_named = self.manifest.append(pending[0])
                     self.manifest.refresh(view)
+                tries += 1
+                if is_named or self._is_named(pending[0]):
+                    pending.pop(0)
+                    tries = 0
             for file in [segment.file for segment in pending] or names:
                 self.files.remove(file)
         except OSError as error:
             raise StoreError(f"labels cannot be written to {self.folder}: {_said(error)}; committed labels are safe") from error
+        if tries == MOST_TRIES:
+            raise self._others_first(view, shard)
         return not pending
 
     def _undo(self, segment: Segment) -> None:
         """Take away what a failed commit left, unless the manifest names it already (its last flush failed): readers count on that."""
         with suppress(OSError):
             self.manifest.refresh(segment.view)
-            if segment not in self.manifest.named_in(segment.view, segment.shard):
+            if not self._is_named(segment):
                 self.files.remove(segment.file)
+
+    def _is_named(self, segment: Segment) -> bool:
+        return segment in self.manifest.named_in(segment.view, segment.shard)
 
 
 def read_identity(where: Path | str) -> StoreIdentity:

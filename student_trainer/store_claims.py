@@ -23,12 +23,15 @@ from types import TracebackType
 from typing import Self
 
 from distill.config import Section
+from distill.errors import StoreError
 from student_trainer.store_files import StoreFiles
 
 logger = logging.getLogger(__name__)
 
 LEASE_S = 60.0
 BEATS_A_LEASE = 6
+FAILURES = (OSError, ValueError, TypeError, NotImplementedError)
+"""What the store's files raise; the last three are those of file systems that put no `OSError` in their place."""
 FOLDER = "claims"
 
 
@@ -75,8 +78,7 @@ class Claims:
         if self._beater is not None:
             self._beater.join()
         for unit in list(self._held):
-            with contextlib.suppress(OSError):  # they run out
-                self.release(*unit)
+            self.release(*unit)
 
     def take(self, view: int, shard: int) -> bool:
         """Claim a unit; False while another's claim stands. What was committed meanwhile must be looked at afterwards, not before.
@@ -93,17 +95,27 @@ class Claims:
         return True
 
     def is_free(self, view: int, shard: int) -> bool:
-        """Whether nobody's claim stands; the answer may be old when it comes."""
-        return self._next_name(view, shard) is not None
+        """Whether nobody's claim stands; the answer may be old when it comes.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
+        try:
+            return self._next_name(view, shard) is not None
+        except FAILURES as error:
+            raise StoreError(f"the claims in {self._files.where} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
     def release(self, view: int, shard: int) -> None:
-        """Give a unit back, after what it brought is committed."""
+        """Give a unit back, after what it brought is committed. A claim that cannot be taken away runs out by itself, which is said."""
         with self._lock:
             name = self._held.pop((view, shard))
-        # The older ones first: while they stood alone they would look like claims that are over, of a unit that nobody has done.
-        for older in sorted(self._names(view, shard)):
-            if older <= name:
-                self._files.remove(older)
+        try:
+            # The older ones first: while they stood alone they would look like claims that are over, of a unit that nobody has done.
+            for older in sorted(self._names(view, shard)):
+                if older <= name:
+                    self._files.remove(older)
+        except FAILURES as error:
+            logger.warning("the claim %s could not be given back (%s); it is over in %g s", name, error, self._lease_s)
 
     def _next_name(self, view: int, shard: int) -> str | None:
         names = self._names(view, shard)
@@ -150,7 +162,7 @@ class Claims:
                 for name in self._held.values():
                     try:
                         self._files.replace(name, self._said(beat))
-                    except OSError as error:  # the next beat may get through; if none does, the claim runs out and another does the work
+                    except FAILURES as error:  # the next beat may get through; if none does, the claim runs out and another does the work
                         logger.warning("the claim %s could not be renewed: %s", name, error)
 
 

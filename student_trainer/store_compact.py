@@ -97,19 +97,19 @@ def compact_unit(store: SoftLabelStore, view: int, shard: int) -> bool:
 
 
 def merge(tables: Sequence[tuple[Segment, pa.Table]]) -> Merged:
-    """One table for each set of temperatures, rows ascending, each row once, its most exact label.
+    """For each set of temperatures a table, rows ascending, each row once, its most exact label.
 
-    A row stays in two tables only if each label serves a read that the other cannot: other temperatures, or more exact there.
+    A row stays in two tables only if each label serves a read that the other cannot: other temperatures, or more exact there. So a set of
+    temperatures has a second table where one label of a row has the smaller `max_tv` and another the smaller `max_logit_error`.
     """
     groups: dict[tuple[float, ...], list[pa.Table]] = {}
     for segment, table in tables:
         groups.setdefault(segment.temperatures, []).append(table)
-    best = {temperatures: _most_exact(pa.concat_tables(parts)) for temperatures, parts in groups.items()}
+    best = [(temperatures, layer) for temperatures, parts in groups.items() for layer in _most_exact(pa.concat_tables(parts))]
     made: Merged = []
-    for temperatures, table in best.items():
-        rows = table["row"].to_numpy()
-        needed = np.ones(len(rows), dtype=bool)
-        for others, other in best.items():
+    for temperatures, table in best:
+        needed = np.ones(len(table), dtype=bool)
+        for others, other in best:
             if set(others) > set(temperatures):
                 needed &= ~_served_by(table, other)
         if needed.any():
@@ -123,15 +123,28 @@ def leftovers(store: SoftLabelStore) -> list[str]:
     return sorted(name for name in store.files.names("") if name.startswith("view-") and name not in named)
 
 
-def _most_exact(table: pa.Table) -> pa.Table:
+def _most_exact(table: pa.Table) -> list[pa.Table]:
+    """The labels of each row that no other one of it equals or betters in both errors: first those of least `max_tv`, then the others."""
     rows = table["row"].to_numpy()
     order = np.lexsort((table["max_logit_error"].to_numpy(), table["max_tv"].to_numpy(), rows))
-    return table.take(order[np.flatnonzero(np.diff(rows[order], prepend=-1))])
+    _, rank = np.unique(table["max_logit_error"].to_numpy()[order], return_inverse=True)
+    # Of a row's labels, by growing max_tv, those with a smaller logit error than all before. Each row's numbers are below the row's before.
+    number = rank - np.cumsum(np.diff(rows[order], prepend=-1) != 0) * np.int64(len(rows) + 1)
+    lowest_before = np.concatenate([[np.iinfo(np.int64).max], np.minimum.accumulate(number)[:-1]])[: len(rows)]
+    left = order[number < lowest_before]
+    layers = []
+    while len(left):
+        is_first = np.diff(rows[left], prepend=-1) != 0
+        layers.append(table.take(left[is_first]))
+        left = left[~is_first]
+    return layers
 
 
 def _served_by(table: pa.Table, other: pa.Table) -> np.ndarray:
     """Which rows of `table` the other one holds with no larger error of either kind. Both have ascending rows."""
     rows, others = table["row"].to_numpy(), other["row"].to_numpy()
+    if not len(others):
+        return np.zeros(len(rows), dtype=bool)
     at = np.minimum(np.searchsorted(others, rows), len(others) - 1)
     served = others[at] == rows
     for name in ("max_tv", "max_logit_error"):

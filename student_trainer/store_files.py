@@ -178,8 +178,13 @@ class LocalFiles:
         """See StoreFiles. Not flushed: what is replaced (a claim) means nothing after a crash of the machine."""
         path = self.folder / name
         pending = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.pending")
-        pending.write_bytes(data)
-        pending.rename(path)
+        try:
+            pending.write_bytes(data)
+            pending.rename(path)
+        except OSError:
+            with suppress(OSError):
+                pending.unlink(missing_ok=True)
+            raise
 
     def remove(self, name: str) -> None:
         """See StoreFiles."""

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import time
 from collections import defaultdict
 from collections.abc import Iterable
 from itertools import islice
@@ -25,6 +27,10 @@ logger = logging.getLogger(__name__)
 FOLDER = "manifest"
 FOLDED = f"{FOLDER}/folded.jsonl"
 """Copies of entries, so that whoever opens the store need not fetch each of them. The entries themselves stay: they are what counts."""
+LATE_S = 60.0
+"""How long a file is looked for that another machine has named: a network file system may show it seconds after its line."""
+LATE_AT_MOST = 1000
+"""Files looked for so; of more, the last."""
 
 
 class Manifest:
@@ -40,6 +46,8 @@ class Manifest:
         """file -> the segment, in the order of reading; those that are replaced or gone too."""
         self._units: dict[tuple[int, int], list[Segment]] = defaultdict(list)
         self._gone: set[str] = set()
+        self._late: dict[str, float] = {}
+        """Files of `_gone` that may still appear, and since when they are missed."""
         self._replaced_by: dict[str, set[str]] = defaultdict(set)
 
     def live(self) -> list[Segment]:
@@ -69,34 +77,44 @@ class Manifest:
     def drop(self, segment: Segment) -> None:
         """Count it no more: its file is damaged or gone. What it had replaced counts again, where it is still there."""
         self._gone.add(segment.file)
+        self._late.pop(segment.file, None)
 
     def refresh(self, view: int | None = None) -> list[Segment]:
         """Take in what was committed since, in one view or in all, and return what of it counts.
 
         A line cut off by a crash is none. One that lacks nothing but its line end counts: the next writer would end it, and its labels,
-        asked for again meanwhile, would be there twice.
+        asked for again meanwhile, would be there twice. Files that were missing a moment ago are looked for again.
         """
         with self._refreshing:
-            found = [segment for segment in (*self._new_lines(), *self._new_entries(view)) if segment.file not in self._named]
+            read = (*self._new_lines(), *self._new_entries(view))
+            unique = {segment.file: segment for segment in reversed(read)}  # an entry that somebody copied counts once
+            found = [segment for segment in read if segment is unique[segment.file] and segment.file not in self._named]
             for segment in found:
                 self._named[segment.file] = segment
                 self._units[segment.view, segment.shard].append(segment)
                 for file in segment.replaces:
                     self._replaced_by[file].add(segment.file)
+            appeared = self._appeared()
             sizes = self._files.sizes(segment.file for segment in found)
-            self._gone.update(segment.file for segment in found if sizes.get(segment.file) != segment.size_bytes)
+            missing = [segment.file for segment in found if sizes.get(segment.file) != segment.size_bytes]
+            self._gone.update(missing)
+            self._late |= dict.fromkeys(missing[-LATE_AT_MOST:], time.monotonic()) if self._files.is_local else {}
             for segment in found:
                 if segment.file in self._gone and not self._is_replaced(segment.file):
                     # In quarantine since an earlier run, or cut off; counting it would make its rows look labelled.
                     path = f"{self._files.where}/{segment.file}"
                     logger.warning("label segment %s is gone or cut off; its labels are asked for again", path)
-            return [segment for segment in found if self._counts(segment)]
+            return [segment for segment in (*appeared, *found) if self._counts(segment)]
 
     def append(self, segment: Segment) -> bool:
         """Name a segment whose file is in its place. False: another writer committed to the same shard and view first; look at what it
         wrote (`refresh`) and try again. Call it with the files locked, right after `refresh`."""
         prefix = _stem(segment.view, segment.shard)
-        numbers = [int(name[len(prefix) :].split(".")[0].split("-")[0]) for name in self._entries if name.startswith(prefix)]
+        # Whatever else lies there, such as a copy that somebody made, has no number.
+        matches = (
+            re.fullmatch(r"([0-9]+)(-[0-9a-f]+)?\.json", name.removeprefix(prefix)) for name in self._entries if name.startswith(prefix)
+        )
+        numbers = [int(match[1]) for match in matches if match]
         entry = self._files.entry_name(f"{prefix}{max(numbers, default=-1) + 1:06d}.json")
         return self._files.append(entry, segment.model_dump_json(exclude_defaults=True).encode())
 
@@ -113,6 +131,19 @@ class Manifest:
 
     def _is_replaced(self, file: str) -> bool:
         return any(by not in self._gone for by in tuple(self._replaced_by.get(file, ())))
+
+    def _appeared(self) -> list[Segment]:
+        """Segments that were missing, and are there now."""
+        now = time.monotonic()
+        late = {file: since for file, since in list(self._late.items()) if now - since < LATE_S and not self._is_replaced(file)}
+        self._late = dict(late)  # another thread may `drop` one meanwhile
+        sizes = self._files.sizes(late) if late else {}
+        found = [self._named[file] for file in late if sizes.get(file) == self._named[file].size_bytes]
+        for segment in found:
+            logger.warning("label segment %s/%s is there now; its labels count", self._files.where, segment.file)
+            self._gone.discard(segment.file)
+            self._late.pop(segment.file, None)
+        return found
 
     def _new_lines(self) -> list[Segment]:
         found = []
@@ -142,9 +173,16 @@ class Manifest:
         return [segment for segment in islice(self._entries.values(), before, None) if segment is not None]
 
     def _unfold(self) -> None:
-        for line in self._files.read(FOLDED).splitlines():
-            copy = json.loads(line)
-            self._entries[copy["entry"]] = Segment.model_validate(copy["segment"])
+        copies: dict[str, Segment] = {}
+        try:
+            for line in self._files.read(FOLDED).splitlines():
+                copy = json.loads(line)
+                copies[str(copy["entry"])] = Segment.model_validate(copy["segment"])
+        except (ValueError, KeyError, TypeError) as error:
+            path, said = f"{self._files.where}/{FOLDED}", str(error).splitlines()[0]
+            logger.warning("%s is damaged (%s); the entries themselves are read, and `distill store compact` writes it anew", path, said)
+            return
+        self._entries.update(copies)
 
 
 def segment_of(line: bytes) -> Segment | None:

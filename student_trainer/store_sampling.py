@@ -20,7 +20,7 @@ from distill.soft_label_sizes import LabelSizes, describe_sizes
 from distill.soft_labels import FloatArray, decode, encode
 from student_trainer.job import TrainJob
 from student_trainer.store import SoftLabelStore
-from student_trainer.store_segments import SCHEMA, errors_at, make_table, table_bytes
+from student_trainer.store_segments import SCHEMA, errors_at, image_ids_of, make_table, table_bytes
 from student_trainer.store_stats import Spread, total_variation
 from teacher_server.address import open_teacher
 
@@ -133,7 +133,7 @@ def check_against_teacher(
             part = table.take(at)
             true_NK = asked_NK[[position[*unit, row] for row in part["row"].to_pylist()]]
             kept_NK = decode(part["encoding"].to_pylist(), part["record"].to_pylist(), store.identity.num_classes)
-            names = [f"view {unit[0]} {image_id}" for image_id in part["image_id"].to_pylist()]
+            names = [f"view {unit[0]} {image_id.encode('utf-8', 'backslashreplace').decode()}" for image_id in image_ids_of(part)]
             num_checked += len(names)
             for temperature, rows_of in found.items():
                 tv_N = total_variation(true_NK, kept_NK, temperature)

@@ -3,19 +3,23 @@
     row int32 | image_id | encoding uint8 | record bytes | max_tv float32 | max_logit_error float32
 
 Rows ascend. Ids share long beginnings and are kept as differences (DELTA_BYTE_ARRAY), rows too; records are as small as they get and are
-not compressed. Unit of data: one segment as a `pyarrow.Table`. Shapes: N labels, K classes.
+not compressed. An id that is no UTF-8 (a file name in another encoding) is kept escaped.
+
+Unit of data: one segment as a `pyarrow.Table`. Shapes: N labels, K classes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import Field
 
 from distill.config import Section
 from distill.soft_labels import FloatArray, Record, certified_tv, decode
@@ -33,17 +37,23 @@ SCHEMA = pa.schema(
 ROUNDING = 1 + 1e-6
 """float32 columns: a limit allows for the rounding of the number itself."""
 
+ESCAPED = "\x00escaped:"
+"""What an escaped image id begins with; no file name can hold a NUL."""
+
+# A manifest may come from elsewhere, and what it names is read, moved and removed: nothing outside the store can be named.
+FileName: TypeAlias = Annotated[str, Field(pattern=r"^view-[0-9]{5,}/shard-[0-9]{6,}\.[0-9a-f]+\.parquet$")]
+
 
 class Segment(Section):
     """One entry of the manifest."""
 
-    view: int
+    view: int = Field(ge=0)
     """View of the crops."""
-    shard: int
+    shard: int = Field(ge=0)
     """Image shard."""
-    file: str
+    file: FileName
     """Path inside the store."""
-    sha256: str
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
     """Of the file."""
     num_labels: int
     """Labels in it."""
@@ -51,8 +61,10 @@ class Segment(Section):
     """Size of the file."""
     temperatures: tuple[float, ...]
     """Temperatures at which `max_tv` was computed."""
-    replaces: tuple[str, ...] = ()
+    replaces: tuple[FileName, ...] = ()
     """Files whose labels it holds in their place; they count no more, and may be gone."""
+    worst_tv: float | None = None
+    """Largest `max_tv` of its labels, so that who wants to know if they are exact enough need not read them. None: not stated."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +84,7 @@ def make_table(rows: Sequence[int], image_ids: Sequence[str], records: Sequence[
     table = pa.table(
         {
             "row": np.asarray(rows, dtype=np.int32),
-            "image_id": list(image_ids),
+            "image_id": [_escaped(image_id) for image_id in image_ids],
             "encoding": [int(record.encoding) for record in records],
             "record": [record.data for record in records],
             "max_tv": [record.max_tv for record in records],
@@ -81,6 +93,25 @@ def make_table(rows: Sequence[int], image_ids: Sequence[str], records: Sequence[
         schema=SCHEMA,
     )
     return table.take(np.argsort(np.asarray(rows), kind="stable"))
+
+
+def image_ids_of(table: pa.Table) -> list[str]:
+    """The image ids of a segment's table, as the source says them."""
+    image_ids: list[str] = table["image_id"].to_pylist()
+    if not pc.any(pc.starts_with(table["image_id"], ESCAPED)).as_py():
+        return image_ids
+    return [
+        image_id.removeprefix(ESCAPED).encode("ascii").decode("unicode_escape") if image_id.startswith(ESCAPED) else image_id
+        for image_id in image_ids
+    ]
+
+
+def _escaped(image_id: str) -> str:
+    try:
+        image_id.encode()
+    except UnicodeEncodeError:  # lone surrogates: bytes of a file name that are no UTF-8
+        return ESCAPED + image_id.encode("unicode_escape").decode("ascii")
+    return ESCAPED + image_id.encode("unicode_escape").decode("ascii") if image_id.startswith(ESCAPED) else image_id
 
 
 def table_bytes(table: pa.Table) -> bytes:
@@ -107,6 +138,12 @@ def errors_at(segment: Segment, table: pa.Table, temperature: float) -> npt.NDAr
     return certified_tv(table["max_logit_error"].to_numpy().astype(np.float64), temperature)
 
 
+def readable_rows(segment: Segment, table: pa.Table, temperature: float, max_tv: float) -> npt.NDArray[Any]:
+    """int32 [M]: the rows whose label is known to be within `max_tv` at a temperature."""
+    rows: npt.NDArray[Any] = table["row"].to_numpy()
+    return rows[errors_at(segment, table, temperature).astype(np.float32) <= max_tv * ROUNDING]
+
+
 def read_labels(tables: Sequence[tuple[Segment, pa.Table]], temperature: float, max_tv: float, num_classes: int) -> ShardLabels:
     """Of every row its most exact label at `temperature`, where that is within `max_tv`. Of equally exact ones the first committed.
 
@@ -125,7 +162,7 @@ def read_labels(tables: Sequence[tuple[Segment, pa.Table]], temperature: float, 
         table = table.take(chosen)
     return ShardLabels(
         rows={row: position for position, row in enumerate(table["row"].to_pylist())},
-        image_ids=table["image_id"].to_pylist(),
+        image_ids=image_ids_of(table),
         logits_NK=decode(table["encoding"].to_pylist(), table["record"].to_pylist(), num_classes),
         tv_N=tv_N[chosen],
     )

@@ -18,7 +18,7 @@ from distill.errors import StoreError
 from distill.soft_labels import decode
 from student_trainer.store import SoftLabelStore
 from student_trainer.store_compact import compact_unit, leftovers
-from student_trainer.store_segments import Segment, read_bytes
+from student_trainer.store_segments import Segment, image_ids_of, read_bytes
 
 Kind: TypeAlias = Literal["gone", "altered", "undecodable", "kept twice", "other image"]
 NAMED_AT_MOST = 5
@@ -29,7 +29,8 @@ class Problem(Section):
 
     kind: Kind
     """`gone`: no file, or one of another length. `altered`: not the bytes that were committed. `undecodable`: records that are none.
-    `kept twice`: rows that another segment has too, in the same form. `other image`: rows that are another image in another view."""
+    `kept twice`: rows that another segment has too, in the same form, neither label the more exact in one way. `other image`: rows that
+    are another image in another view."""
     file: str
     """The segment."""
     labels: int
@@ -93,8 +94,8 @@ class _Shard:
         self._store = store
         self._on_segment = on_segment
         self._image_ids: dict[int, str] = {}
-        self._forms: dict[tuple[int, tuple[float, ...]], set[tuple[int, int, int]]] = defaultdict(set)
-        """(view, temperatures) -> (row, encoding, bytes) of the labels so far."""
+        self._forms: dict[tuple[int, tuple[float, ...]], dict[tuple[int, int, int], list[tuple[float, float]]]] = defaultdict(dict)
+        """(view, temperatures) -> (row, encoding, bytes) of the labels so far -> their errors."""
 
     def problems(self, segments: Sequence[Segment]) -> list[Problem]:
         found = []
@@ -141,15 +142,18 @@ class _Shard:
         seen = self._forms[segment.view, segment.temperatures]
         lengths = (len(record) for record in table["record"].to_pylist())
         forms = list(zip(table["row"].to_pylist(), table["encoding"].to_pylist(), lengths, strict=True))
+        errors = zip(table["max_tv"].to_pylist(), table["max_logit_error"].to_pylist(), strict=True)
         wrong = []
-        for form in forms:
-            if form in seen:
+        for form, (tv, logit_error) in zip(forms, errors, strict=True):
+            others = seen.setdefault(form, [])
+            # Two labels of which each is the more exact in one way serve different reads; `compact` keeps both.
+            if any((tv <= a and logit_error <= b) or (a <= tv and b <= logit_error) for a, b in others):
                 wrong.append(f"row {form[0]}")
-            seen.add(form)
+            others.append((tv, logit_error))
         return wrong
 
     def _other_images(self, table: pa.Table) -> list[str]:
-        named = zip(table["row"].to_pylist(), table["image_id"].to_pylist(), strict=True)
+        named = zip(table["row"].to_pylist(), image_ids_of(table), strict=True)
         wrong = [(row, image_id) for row, image_id in named if self._image_ids.setdefault(row, image_id) != image_id]
         return [f"row {row} is {image_id!r} here and {self._image_ids[row]!r} elsewhere" for row, image_id in wrong]
 

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeAlias, TypeVar
@@ -56,6 +57,17 @@ class _Feeding:
     thread: threading.Thread
     ahead: queue.Queue[Item]
     stop: threading.Event
+
+    def next_item(self) -> Item:
+        """Wait for what comes next.
+
+        Raises:
+            RuntimeError: the epoch was ended; nothing comes any more.
+        """
+        while not self.stop.is_set():
+            with suppress(queue.Empty):
+                return self.ahead.get(timeout=POLL_S)
+        raise RuntimeError("this epoch was ended, by the start of another one or by leaving the stream; call epoch() again")
 
     def end(self) -> None:
         """Stop the thread and throw away what is queued. Calling it twice does no harm."""
@@ -101,6 +113,7 @@ class LabelledStream:
         """The labelled batches of an epoch from `start_step` on. One epoch at a time: starting another ends this one.
 
         Raises:
+            RuntimeError: it was ended (another epoch was started, the stream was left), and is asked for a batch all the same.
             what the loader and the label path raise, at the batch that it befell.
         """
         if self._feeding is not None:
@@ -114,7 +127,7 @@ class LabelledStream:
         try:
             while True:
                 asked_at = time.monotonic()
-                item = ahead.get()
+                item = feeding.next_item()
                 made_at = time.monotonic()
                 self.waits = self.waits.plus("decode", made_at - asked_at)
                 if item is None:

@@ -19,7 +19,7 @@ from conftest import RECIPE, MemorySource  # beside this file
 from distill.loader import CropLoader, LoaderSettings
 from distill.rejections import RejectionLog
 from student_trainer.label_path import LabelPath, LabelRules
-from student_trainer.label_units import Unit, UnitDone, UnitLabeller, label_left
+from student_trainer.label_units import Unit, UnitDone, UnitLabeller, label_left, units_left
 from student_trainer.store import SoftLabelStore, StoreIdentity
 from student_trainer.store_claims import Claims
 from teacher_server.fake import FakeTeacher
@@ -59,7 +59,9 @@ def main(folder: str, identity: str, rejected: str, claim_s: str, delay_s: str) 
             for unit in units:
                 yield unit, runner.run(labeller.label(*unit))
 
-        for (view, shard), done in label_left(store, list(source.sizes), NUM_VIEWS, uuid.uuid4().hex, run, float(claim_s)):
+        sizes = list(source.sizes)
+        left = units_left(store, sizes, NUM_VIEWS, rules)
+        for (view, shard), done in label_left(store, sizes, left, rules, uuid.uuid4().hex, run, float(claim_s)):
             tell("unit", view, shard, done.asked)
     tell("done")
 

@@ -277,6 +277,49 @@ def test_a_write_in_the_background_that_fails_stops_the_next_one(
     assert set(held_by(store).values()) == {1}
 
 
+@pytest.mark.parametrize("end", ["commit", "close"])
+def test_a_write_in_the_background_that_fails_in_any_way_is_told_at_the_end(
+    store: SoftLabelStore, loader_of: Any, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    monkeypatch.setattr(label_path, "COMMIT_AT", 8)
+
+    def fail(*_: Any) -> Any:
+        raise ValueError("a file system of its own kind")
+
+    path = LabelPath(store, FakeTeacher(), RULES)
+
+    async def work() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "commit", fail)
+            await label_all(path, one_epoch(loader_of)[:2])
+            assert path._aside is not None
+            await asyncio.wait([path._aside])
+        assert path._writing == {}
+        assert path._pending == {}
+        if end == "close":
+            await path.close()
+        else:
+            path.commit()
+
+    with pytest.raises(StoreError, match=r"cannot be written to .*ValueError: a file system of its own kind") as caught:
+        asyncio.run(work())
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_a_label_answered_twice_counts_once_among_those_that_wait(store: SoftLabelStore, loader_of: Any) -> None:
+    """Two questions about the same crops at once: neither finds the other's answer."""
+    path, batch = LabelPath(store, FakeTeacher(), RULES), one_epoch(loader_of)[0]
+
+    async def work() -> None:
+        await asyncio.gather(path.read(batch), path.read(batch))
+
+    asyncio.run(work())
+    assert path.num_asked == 8
+    assert path._num_pending == sum(map(len, path._pending.values())) == 4
+    path.commit()
+    assert path._num_pending == 0
+
+
 def test_shards_held_in_memory_are_bounded(store: SoftLabelStore, loader_of: Any) -> None:
     rules = LabelRules(temperature=1.0, temperatures=(1.0,), max_tv=0.02, patience_s=1, views_held=2)
     path = LabelPath(store, FakeTeacher(), rules)

@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,12 @@ import pytest
 from distill.crops import CropRecipe
 from distill.errors import FingerprintMismatch, StoreError
 from distill.soft_labels import Encoding, Record, decode, encode, softmax
+from student_trainer import store_manifest
 from student_trainer.store import Segment, SoftLabelStore, StoreIdentity
+from student_trainer.store_compact import compact
+from student_trainer.store_segments import ESCAPED
+from student_trainer.store_stats import difference
+from student_trainer.store_verify import verify
 
 MAX_TV = 0.02
 RANDOM = np.random.default_rng(0)
@@ -409,3 +415,83 @@ def test_a_later_label_of_the_same_row_wins(store: SoftLabelStore) -> None:
     better = Record(Encoding.DENSE16, LOGITS[1].astype("<f2").tobytes(), 0.0, 0.0)
     store.commit(0, 0, [1], ["image-1"], [better], (1.0,))
     np.testing.assert_array_equal(reopened(store).read(0, 0, 1.0, MAX_TV).logits_NK[0], LOGITS[1].astype("<f2").astype(np.float32))
+
+
+def test_image_ids_that_are_no_utf8_are_kept_as_they_are(store: SoftLabelStore) -> None:
+    """File names in another encoding, lone surrogates, and an id that looks like an escaped one."""
+    names = ["caf\udce9.png", "plain é.png", "\ud83d\ude00 back\\slash\n", ESCAPED + "x\\udce9"]
+    store.commit(0, 0, range(4), names, RECORDS[:4], (1.0,))
+    store.commit(1, 0, range(4), names, RECORDS[:4], (1.0,))
+    labels = reopened(store).read(0, 0, 1.0, MAX_TV)
+    assert labels.image_ids == names
+    _, table = store.tables(0, 0)[0]
+    assert table["image_id"].to_pylist()[1] == names[1]  # only what needs it is escaped
+    assert verify(store).problems == []
+    assert difference(store, reopened(store), 1.0).other_images == 0
+    store.commit(2, 0, [0], ["caf\udce8.png"], RECORDS[:1], (1.0,))
+    (problem,) = verify(store).problems
+    assert "is 'caf\\udce8.png' here and 'caf\\udce9.png' elsewhere" in problem.says
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"file": "../victim"},
+        {"file": "/etc/victim"},
+        {"file": "view-00000/../../shard-000000.00.parquet"},
+        {"file": "view-00000/shard-000000.00.parquet\n"},
+        {"replaces": ["../victim"]},
+        {"sha256": "/etc/victim"},
+        {"sha256": "A" * 64},
+        {"view": -1},
+        {"shard": -1},
+    ],
+)
+def test_a_manifest_cannot_name_what_is_outside_the_store(
+    store: SoftLabelStore, change: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    (segment,) = put(store, [1])
+    victim = store.folder.parent / "victim"
+    victim.write_bytes(b"mine" * 10)
+    other = {**segment.model_dump(mode="json"), "file": "view-00000/shard-000000.00.parquet", "size_bytes": 40, **change}
+    with (store.folder / "manifest.jsonl").open("a") as manifest:
+        manifest.write(json.dumps(other) + "\n")
+    again = reopened(store)
+    assert "a damaged line" in caplog.text
+    assert again.segments == [segment]
+    put(again, [2])
+    compact(again, remove_leftovers=True)
+    verify(again, repair=True)
+    assert victim.read_bytes() == b"mine" * 10
+    assert rows_read(again) == {1, 2}
+
+
+def test_a_file_that_a_network_file_system_shows_late_counts_when_it_is_there(
+    store: SoftLabelStore, monkeypatch: pytest.MonkeyPatch, quiet: None
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(store_manifest, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    (early,), (late,) = put(store, [1]), put(store, [2], shard=1)
+    paths = [store.folder / segment.file for segment in (early, late)]
+    for path in paths:
+        path.rename(path.with_suffix(".hidden"))
+    other = reopened(store)
+    assert other.segments == []
+    now[0] += 5
+    paths[0].with_suffix(".hidden").rename(paths[0])
+    assert other.refresh() == [early]
+    assert rows_read(other) == {1}
+    assert other.refresh() == []
+    now[0] += store_manifest.LATE_S
+    paths[1].with_suffix(".hidden").rename(paths[1])
+    assert other.refresh() == []  # looked for long enough
+    other.manifest.drop(early)  # damaged, say: then it is not looked for
+    assert other.refresh() == []
+
+
+def test_a_small_file_that_cannot_be_written_leaves_nothing(store: SoftLabelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "rename", full_disk)
+    before = set(store.folder.iterdir())
+    with pytest.raises(OSError, match="No space"):
+        store.files.replace("small.json", b"{}")
+    assert set(store.folder.iterdir()) == before

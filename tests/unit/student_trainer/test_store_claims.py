@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from distill.errors import StoreError
 from student_trainer import store_claims
 from student_trainer.store_claims import Claims
 from student_trainer.store_files import StoreFiles, open_files
@@ -112,3 +113,28 @@ def test_the_claim_of_a_killed_process_of_this_machine_is_over_at_once(tmp_path:
         child.wait()
         assert child.stdout is not None
         child.stdout.close()
+
+
+@pytest.mark.parametrize("fault", [OSError("no route"), ValueError("an odd answer"), TypeError("an odd answer")])
+def test_files_that_fail_cost_no_labelling_job_its_work(
+    files: StoreFiles, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: Exception
+) -> None:
+    """Giving back is said and goes on, looking is a StoreError, and the beats come again when the files do."""
+
+    def fail(*_: object) -> None:
+        raise fault
+
+    with Claims(files, 0.3) as mine, Claims(files, 600) as others:
+        assert mine.take(0, 0)
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "replace", fail)
+            until(lambda: "could not be renewed" in caplog.text)
+        before = files.read(next(iter(files.names("claims"))))
+        until(lambda: files.read(next(iter(files.names("claims")))) != before)
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "names", fail)
+            with pytest.raises(StoreError, match=r"the claims in .* cannot be read: (no route|an odd answer)"):
+                others.is_free(0, 0)
+            mine.release(0, 0)
+        assert "could not be given back" in caplog.text
+        assert len(files.names("claims")) == 1

@@ -306,3 +306,67 @@ def test_a_store_that_does_not_answer_is_a_store_error(identity: StoreIdentity, 
 def test_a_kind_of_url_that_nobody_knows_is_refused() -> None:
     with pytest.raises(StoreError, match="nonsense://x cannot be used"):
         open_files("nonsense://x")
+
+
+def losing_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every conditional create of a manifest entry is done, its answer lost, and tried again by the client library: refused."""
+    real = RemoteFiles.create
+
+    def create(self: RemoteFiles, name: str, data: bytes) -> bool:
+        return real(self, name, data) and not name.startswith("manifest/")
+
+    monkeypatch.setattr(RemoteFiles, "create", create)
+
+
+def test_an_entry_whose_answer_was_lost_is_ours(identity: StoreIdentity, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = SoftLabelStore(f"memory://{uuid.uuid4().hex}", identity)
+    losing_answers(monkeypatch)
+    put(store, [1])
+    put(store, [2])
+    assert held(store) == {(0, 0, 1): 1, (0, 0, 2): 1}
+    assert compact(store).num_units == 1
+    assert held(store) == {(0, 0, 1): 1, (0, 0, 2): 1}
+    assert len(reopened(store).segments) == 1
+    assert verify(reopened(store)).problems == []
+
+
+def test_compacting_a_unit_whose_entry_is_taken_and_never_shown_ends_in_an_error(
+    identity: StoreIdentity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = SoftLabelStore(f"memory://{uuid.uuid4().hex}", identity)
+    put(store, [1])
+    put(store, [2])
+    put(reopened(store), [3])
+    monkeypatch.setattr(store.manifest, "refresh", lambda view=None: [])
+    with pytest.raises(StoreError, match="50 times in a row others committed first"):
+        compact(store)
+    monkeypatch.undo()
+    assert held(store) == dict.fromkeys(((0, 0, row) for row in (1, 2, 3)), 1)
+    assert verify(reopened(store)).leftovers == []
+
+
+@pytest.mark.parametrize("damage", [b"no json", b"[1]", b'{"entry": "manifest/x.json"}', b'{"entry": [], "segment": 5}', b"\xff\xfe"])
+def test_damaged_copies_of_entries_cost_nothing(identity: StoreIdentity, damage: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    store = SoftLabelStore(f"memory://{uuid.uuid4().hex}", identity)
+    for shard in range(3):
+        put(store, [shard], shard=shard)
+    compact(store)
+    good = store.files.read("manifest/folded.jsonl")
+    store.files.replace("manifest/folded.jsonl", good.splitlines()[0] + b"\n" + damage)
+    again = reopened(store)
+    assert {s.shard for s in again.segments} == {0, 1, 2}
+    assert "folded.jsonl is damaged" in caplog.text
+    put(again, [9])
+    compact(again)
+    caplog.clear()
+    assert {s.shard for s in reopened(store).segments} == {0, 1, 2}
+    assert caplog.text == ""
+
+
+def test_a_copy_of_an_entry_that_somebody_made_by_hand_has_no_number(identity: StoreIdentity) -> None:
+    store = SoftLabelStore(f"memory://{uuid.uuid4().hex}", identity)
+    put(store, [1])
+    entry = "manifest/view-00000/shard-000000.000000.json"
+    store.files.replace("manifest/view-00000/shard-000000.copy.json", store.files.read(entry))
+    put(reopened(store), [2])
+    assert held(store) == {(0, 0, 1): 1, (0, 0, 2): 1}

@@ -153,6 +153,30 @@ class TestCompact:
         assert {t: set(reopened(anywhere).read(0, 0, t, MAX_TV).rows) for t in before} == before
         assert [row for row in copies(anywhere) if row < 10] == rows[:10]  # the exact ones serve every read
 
+    def test_two_labels_stay_where_each_is_the_more_exact_in_one_way(self, anywhere: SoftLabelStore) -> None:
+        """One serves reads at the temperature foreseen, the other (by its logits' error) those at any other. Dominated ones go."""
+        data = LOGITS[1].astype("<f2").tobytes()
+        errors = [(0.02, 0.001), (0.001, 0.02), (0.02, 0.02), (0.01, 0.01)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(SoftLabelStore, "_without_kept", lambda self, segment, table, limit: table)
+            for tv, logit_error in errors:
+                put(anywhere, [1, 2], records=[Record(Encoding.DENSE16, data, tv, logit_error), RECORDS[2]])
+        before = {t: reopened(anywhere).read(0, 0, t, 0.5).tv_N.tolist() for t in (1.0, 3.0)}
+        assert compact(anywhere).num_labels == 4
+        assert copies(anywhere) == [1, 1, 1, 2]
+        assert {t: reopened(anywhere).read(0, 0, t, 0.5).tv_N.tolist() for t in before} == before
+        assert all(table["row"].to_pylist() == sorted(set(table["row"].to_pylist())) for _, table in anywhere.tables(0, 0))
+        assert verify(reopened(anywhere)).problems == []
+        assert compact(reopened(anywhere)).num_units == 0
+
+    def test_an_empty_segment_stands_beside_others(self, anywhere: SoftLabelStore, quiet: None) -> None:
+        (lost,) = put(anywhere, [1], records=encode(LOGITS[[1]], (0.1, 1.0), MAX_TV), temperatures=(0.1, 1.0))
+        anywhere.files.remove(lost.file)
+        compact(reopened(anywhere))  # an empty one in its place
+        put(reopened(anywhere), [1, 2])
+        assert compact(reopened(anywhere)).num_units == 1
+        assert copies(anywhere) == [1, 2]
+
     def test_killed_at_any_step_nothing_is_lost(self, tmp_path: Path, identity: StoreIdentity, quiet: None) -> None:
         for at in range(60):
             store = SoftLabelStore(tmp_path / f"killed-{at}", identity)

@@ -15,7 +15,7 @@ import pytest
 
 from distill.config import validate
 from distill.crops import CropRecipe
-from distill.errors import ConfigError, StageMissing, StoreError, TeacherAnswerError
+from distill.errors import ConfigError, RequestRefused, StageMissing, StoreError
 from distill.loader import CropBatch, CropLoader, LoaderSettings
 from distill.mixing import MixingRecipe
 from distill.rejections import RejectionLog
@@ -127,23 +127,23 @@ def test_no_more_than_in_flight_wait_for_the_teacher(store: SoftLabelStore, load
 
 
 class FailingTeacher(FakeTeacher):
-    """From question number `at` (from 0) on, no answer can be used."""
+    """From question number `at` (from 0) on, every one is refused."""
 
     def __init__(self, at: int) -> None:
         super().__init__()
         self.at = at
 
     async def _infer(self, crops_BHWC: Crops, temperature_B1: Floats, names: tuple[str, ...]) -> dict[str, Floats]:
-        spoil = len(self.calls) >= self.at
-        tensors = await super()._infer(crops_BHWC, temperature_B1, names)
-        return {name: tensor_BK * np.float32("nan") for name, tensor_BK in tensors.items()} if spoil else tensors
+        if len(self.calls) >= self.at:
+            raise RequestRefused("crops of another size are wanted")
+        return await super()._infer(crops_BHWC, temperature_B1, names)
 
 
 def test_an_error_comes_at_its_batch_and_what_was_answered_is_kept(store: SoftLabelStore, loader_of: Any, held_by: Any) -> None:
     with LabelledStream(loader_of(), store, lambda: FailingTeacher(5), RULES, in_flight=3) as stream:
         batches = stream.epoch(0)
         assert [next(batches).crops.step for _ in range(5)] == [0, 1, 2, 3, 4]
-        with pytest.raises(TeacherAnswerError, match="NaN"):
+        with pytest.raises(RequestRefused, match="of another size"):
             next(batches)
     assert len(held_by(store)) >= 10
     assert set(held_by(store).values()) == {1}
@@ -219,6 +219,21 @@ def test_starting_an_epoch_ends_the_one_before(store: SoftLabelStore, loader_of:
         assert steps(list(stream.epoch(0))) == list(range(12))
         before.close()
     assert set(held_by(store).values()) == {1}
+
+
+def test_an_epoch_that_was_ended_says_so_when_it_is_asked_for_more(store: SoftLabelStore, loader_of: Any) -> None:
+    with LabelledStream(loader_of(), store, FakeTeacher, RULES, in_flight=2) as stream:
+        before = stream.epoch(0)
+        next(before)
+        now = stream.epoch(0)
+        next(now)
+        with pytest.raises(RuntimeError, match="this epoch was ended"):
+            next(before)
+        assert steps(list(now)) == list(range(1, 12))  # the other one is not touched
+        left = stream.epoch(0)
+        next(left)
+    with pytest.raises(RuntimeError, match="by leaving the stream"):
+        next(left)
 
 
 def test_a_teacher_that_cannot_be_opened_leaves_no_thread(store: SoftLabelStore, loader_of: Any) -> None:
