@@ -110,6 +110,7 @@ class CropLoader:
         self._plain = CropCache(settings.mixing_cache_bytes if recipe.mixing.mixes else 0)
         self._shards = _ShardCache(source, 2 * settings.window_shards, self._plain)
         self._counted_pass: int | None = None
+        self._crops_of_pass: int | None = None
 
     def plan(self, epoch: int) -> EpochPlan:
         """The plan of the pass over the images that an epoch belongs to; its own, but for `crops_per_decode`."""
@@ -129,6 +130,10 @@ class CropLoader:
         """
         if self._counted_pass is None:
             self._counted_pass = epoch // self.settings.crops_per_decode  # an image is counted as seen once, not once an epoch
+        if epoch // self.settings.crops_per_decode != self._crops_of_pass:
+            # Some crops never have their second use: of images in the last batch that is left out, or whose partner is another worker's.
+            self._crops_of_pass = epoch // self.settings.crops_per_decode
+            self._plain.clear()
         most_ahead = -(-self.settings.batches_ahead // self.settings.crops_per_decode)
         with ThreadPoolExecutor(self.settings.num_threads, thread_name_prefix="crop") as pool:
             ahead: deque[Future[list[CropBatch]]] = deque()

@@ -12,6 +12,7 @@ Unit of data: one crop, uint8 [S,S,3]. N images of a shard.
 
 from __future__ import annotations
 
+import math
 from threading import Lock
 from typing import Literal
 
@@ -29,10 +30,10 @@ class MixingRecipe(Section):
 
     kind: Literal["none", "mixup", "cutmix", "both"] = "none"
     """`mixup` (a weighted mean of two crops), `cutmix` (a rectangle of one crop in the other), or `both` (each crop one of them)."""
-    mixup_alpha: float = Field(default=1.0, gt=0, le=100)
-    """Mixup's weight is drawn from Beta(alpha, alpha); 1 is uniform from 0 to 1, as in function matching."""
-    cutmix_alpha: float = Field(default=1.0, gt=0, le=100)
-    """CutMix's share of the area is drawn from Beta(alpha, alpha); 1 is uniform from 0 to 1."""
+    mixup_alpha: float = Field(default=1.0, gt=0, le=1)
+    """Mixup's weight is drawn from Beta(alpha, alpha), alpha at most 1; 1 is uniform from 0 to 1, as in function matching."""
+    cutmix_alpha: float = Field(default=1.0, gt=0, le=1)
+    """CutMix's share of the area is drawn from Beta(alpha, alpha), alpha at most 1; 1 is uniform from 0 to 1."""
     cutmix_share: float = Field(default=0.5, ge=0, le=1)
     """`both`: probability that a crop gets CutMix; the others get Mixup."""
 
@@ -98,7 +99,19 @@ def cutmix(own: Crop, partner: Crop, share: float, center_x: float, center_y: fl
 
 
 def _share(alpha: float, uniform: float, generator: np.random.Generator) -> float:
-    return float(uniform) if alpha == 1 else float(generator.beta(alpha, alpha))
+    return float(uniform) if alpha == 1 else beta_share(alpha, generator)
+
+
+def beta_share(alpha: float, generator: np.random.Generator) -> float:
+    """One number from Beta(alpha, alpha), 0 < alpha <= 1, of uniform doubles alone: numpy may change its `beta` from release to release.
+
+    Joehnk 1964: with x = U^(1/alpha), y = V^(1/alpha), x / (x + y) given x + y <= 1. In logarithms, because both may be too small for a
+    double. At alpha 1 every second pair is taken, below it more are.
+    """
+    while True:
+        first, second = (math.log1p(-uniform) / alpha for uniform in generator.random(2))  # of 1 - U, which is never 0
+        if np.logaddexp(first, second) <= 0:
+            return 1.0 / (1.0 + math.exp(min(second - first, 700.0)))
 
 
 class CropCache:
@@ -129,6 +142,13 @@ class CropCache:
         """Forget the crops of a shard that is held no longer."""
         with self._lock:
             self.num_bytes -= sum(crop.nbytes for crop, _ in self._shards.pop(shard, {}).values())
+
+    def clear(self) -> None:
+        """Forget all crops; the shards stay held."""
+        with self._lock:
+            for crops in self._shards.values():
+                crops.clear()
+            self.num_bytes = 0
 
     def put(self, shard: int, row: int, view: int, crop: Crop, uses: int) -> None:
         """Keep a crop for so many uses more. Nobody may write to it."""

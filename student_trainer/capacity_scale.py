@@ -11,8 +11,6 @@ from distill.config import Section
 from student_trainer.capacity import StageRates, Work
 from student_trainer.label_path import COMMIT_AT
 
-SHARDS_HELD = 16
-"""(view, shard) pairs whose labels a worker holds: `LabelRules.views_held`."""
 ENTRY_BYTES = 1600
 """Memory of one manifest entry in every process that has the store open (measured: 20,000 entries, tracemalloc)."""
 ENTRY_S = 35e-6
@@ -61,10 +59,17 @@ def memory(rates: StageRates, work: Work, workers: int) -> list[Quantity]:
         Quantity(what="crops of batches ahead", value=batches * work.global_batch / workers * rates.crop_bytes, unit="bytes"),
         Quantity(
             what="labels of shards in use",
-            value=SHARDS_HELD * work.images_per_shard * work.num_classes * 4,
+            value=work.views_held * work.images_per_shard * work.num_classes * 4,
             unit="bytes",
             most=8 * _GB,
             way_out="smaller image shards",
+        ),
+        Quantity(
+            what="plain crops that wait for mixing",
+            value=work.mixing_cache_bytes,
+            unit="bytes",
+            most=32 * _GB,
+            way_out="a smaller train.mixing_cache_mib",
         ),
         Quantity(what="labels not yet written", value=2 * COMMIT_AT * (rates.label_bytes + _UNWRITTEN_BYTES), unit="bytes"),
     ]

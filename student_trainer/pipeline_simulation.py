@@ -138,7 +138,7 @@ async def _simulate(p: Pipeline, num_batches: int, seed: int) -> Simulated:
 async def _worker(run: _Run) -> None:
     """One worker: its stream, and the training loop that takes from it."""
     p, loop = run.p, asyncio.get_running_loop()
-    ahead: asyncio.Queue[asyncio.Task[None]] = asyncio.Queue(p.in_flight)
+    ahead: asyncio.Queue[asyncio.Task[float]] = asyncio.Queue(p.in_flight)
     feeding = asyncio.create_task(_feed(run, ahead))
     first = int(_WARM_UP * run.num_batches)
     begun_s = 0.0
@@ -148,20 +148,21 @@ async def _worker(run: _Run) -> None:
         asked_s = loop.time()
         batch = await ahead.get()
         made_s = loop.time()
-        await batch
+        answered_s = max(made_s, await batch)
         handed_s = loop.time()
         await asyncio.sleep(run.service_s(p.batch / p.student_rate, p.student_variation))
         await run.barrier.wait()
         if number >= first:
             run.waits["decode"] += made_s - asked_s
-            run.waits["teacher" if p.asks else "store"] += handed_s - made_s
+            run.waits["teacher"] += answered_s - made_s
+            run.waits["store"] += handed_s - answered_s
             run.waits["student"] += loop.time() - handed_s
     run.counted = run.num_batches - first
     run.counted_s = max(run.counted_s, loop.time() - begun_s)
     await feeding
 
 
-async def _feed(run: _Run, ahead: asyncio.Queue[asyncio.Task[None]]) -> None:
+async def _feed(run: _Run, ahead: asyncio.Queue[asyncio.Task[float]]) -> None:
     """Decode ahead, start the labelling of each batch in order, wait where the queue is full."""
     p = run.p
     threads, slots, keeper = asyncio.Semaphore(p.decode_threads), asyncio.Semaphore(p.in_flight), asyncio.Lock()
@@ -181,15 +182,22 @@ async def _decode(run: _Run, threads: asyncio.Semaphore) -> None:
         run.decode_busy_s += took_s
 
 
-async def _label(run: _Run, slots: asyncio.Semaphore, keeper: asyncio.Lock) -> None:
-    p = run.p
+async def _label(run: _Run, slots: asyncio.Semaphore, keeper: asyncio.Lock) -> float:
+    """When the teacher had answered, or (labels from the store) when it was this batch's turn to be read; what comes after is the store's.
+
+    Waiting for a slot that a batch before holds while it is kept is the store's, too.
+    """
+    p, loop = run.p, asyncio.get_running_loop()
+    answered_s = loop.time()
     async with slots:
         if p.asks:
             full, rest = divmod(p.batch, p.part)
             sizes = [p.part] * full + [rest] * bool(rest)
             await asyncio.gather(*(_ask(run, size) for size in sizes))
+            answered_s = loop.time()
         async with keeper:
             await asyncio.sleep(run.service_s(p.batch / p.keep_rate))
+    return answered_s
 
 
 async def _ask(run: _Run, size: int) -> None:

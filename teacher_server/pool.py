@@ -9,7 +9,11 @@ Unit of data: one part. Shapes: B images, H W C pixels, K classes.
     new, away -> refused   another teacher than the one that is wanted, or no teacher at all; it is named
     away, refused -> in    a label of the right teacher came out of it
 
-A part that failed at one member is asked of another at once. A member that is not in is asked for one label of a grey crop again and
+A part that failed at one member is asked of another at once. Where a member refuses it or answers what must not be used (NaN), the part may
+be at fault: only after another one answered it well is the first one away. Where all of them say the same, the question ends so and nobody
+is away: one bad image must not take the teachers from everybody else.
+
+A member that is not in is asked for one label of a grey crop again and
 again, with growing pauses of random length. Only when no member is in does a question end with TeacherUnavailable. How many parts a member
 gets at once is found from its answers (pool_limit.py).
 
@@ -29,7 +33,7 @@ from contextlib import suppress
 
 import numpy as np
 
-from distill.errors import DistillError, FingerprintMismatch, RequestRefused, TeacherChanged, TeacherUnavailable
+from distill.errors import DistillError, FingerprintMismatch, RequestRefused, TeacherAnswerError, TeacherChanged, TeacherUnavailable
 from distill.teacher_info import TeacherInfo
 from teacher_server.backend import CheckedTeacher, Crops, Floats
 from teacher_server.pool_member import HasPoolState, Member, PoolState, Standing
@@ -51,7 +55,7 @@ class PooledTeacher(CheckedTeacher):
     """TeacherBackend over several others, which it closes. Belongs to one event loop.
 
     A question raises TeacherUnavailable when no member is in, FingerprintMismatch when all are other teachers than the one that is wanted,
-    RequestRefused or TeacherAnswerError when every member answers so.
+    RequestRefused or TeacherAnswerError when every member that can be asked answers so.
     """
 
     def __init__(
@@ -107,6 +111,7 @@ class PooledTeacher(CheckedTeacher):
 
     async def _ask_part(self, crops_BHWC: Crops, temperature_B1: Floats, names: tuple[str, ...], info: TeacherInfo) -> dict[str, Floats]:
         wrong: dict[str, DistillError] = {}
+        accused: list[tuple[Member, int, DistillError]] = []
         error: DistillError | None = None
         for _ in range(_MOST_FAILURES * len(self._members)):
             member = await self._place(len(crops_BHWC), wrong, info)
@@ -114,19 +119,27 @@ class PooledTeacher(CheckedTeacher):
             try:
                 tensors = await member.teacher._ask(crops_BHWC, temperature_B1, names, info.fingerprint)
                 member.answered(sent, self._now())
+                for other, its_stay, failure in accused:  # so it was not the part
+                    self._failed(other, its_stay, failure)
                 return tensors
+            except (TeacherAnswerError, RequestRefused) as failure:
+                error = wrong[member.url] = failure
+                accused.append((member, stay, failure))
             except DistillError as failure:
                 error = failure
                 if not isinstance(failure, TeacherUnavailable):
                     wrong[member.url] = failure
-                if member.failed(stay):
-                    self._out(member, "new" if isinstance(failure, TeacherChanged) else "away", failure)
+                self._failed(member, stay, failure)
             finally:
                 member.done(sent)
                 self._tell(everybody=False)
         raise TeacherUnavailable(
             f"a part of {len(crops_BHWC)} crops failed at every teacher of the pool, again and again: {error}"
         ) from error
+
+    def _failed(self, member: Member, stay: int, failure: DistillError) -> None:
+        if member.failed(stay):
+            self._out(member, "new" if isinstance(failure, TeacherChanged) else "away", failure)
 
     async def _place(self, num_images: int, wrong: dict[str, DistillError], info: TeacherInfo) -> Member:
         """The member that will answer soonest, as soon as one has room; not one that gave a wrong answer."""
@@ -138,7 +151,8 @@ class PooledTeacher(CheckedTeacher):
             if wrong and all(member.url in wrong for member in fitting):
                 raise next(iter(wrong.values()))
             if not any(member.standing in ("in", "new") and member.url not in wrong for member in fitting):
-                raise self._nobody()
+                # Those that are away cannot be asked. One that answers other questions is believed without them.
+                raise next((wrong[member.url] for member in fitting if member.url in wrong and member.is_proven), self._nobody())
             free = [member for member in fitting if member.has_room and member.url not in wrong]
             if free and (num_turns or not self._waiting):
                 now_s = self._now()
@@ -187,6 +201,9 @@ class PooledTeacher(CheckedTeacher):
                 member.info = await member.teacher.info()
             except DistillError as error:
                 self._out(member, "refused" if isinstance(error, RequestRefused) else "away", error)
+            except Exception as error:  # nobody awaits a probe: the member would stay new, and who waits for it would wait for ever
+                logger.exception("asking teacher %s who it is", member.url)
+                self._out(member, "away", TeacherUnavailable(f"asking it who it is went wrong: {error!r}"))
             else:
                 self._judge(member, member.info)
             if member.standing == "in":

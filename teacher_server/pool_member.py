@@ -88,6 +88,8 @@ class Member:
         self.since_s = now_s
         self.stays = 0
         """How often it came in: tells a failure of an earlier stay from one of this."""
+        self.is_proven = False
+        """Whether it has answered a request in this stay. (Who is in has answered a grey crop.)"""
         self.info: TeacherInfo | None = None
         self.in_flight = 0
         self.images_in_flight = 0
@@ -116,6 +118,7 @@ class Member:
 
     def answered(self, sent: Sent, now_s: float) -> None:
         """Its answer came."""
+        self.is_proven = True
         self.limit.answered(sent, now_s)
         self._requests += 1
         self._images += sent.num_images
@@ -145,6 +148,7 @@ class Member:
             self.standing, self.since_s = standing, now_s
             if standing == "in":
                 self.stays += 1
+                self.is_proven = False
                 self._rate = None  # who comes back may have become another machine
         return changed
 

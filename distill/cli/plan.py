@@ -141,9 +141,8 @@ def own_work(run: Run) -> Work:
     from student_trainer.capacity import Work
 
     file = run.file
-    images = run.job(
-        "distill", file.train.replace(students=[s.replace(initial_weights="random") for s in file.train.students])
-    ).open_images()
+    job = run.job("distill", file.train.replace(students=[s.replace(initial_weights="random") for s in file.train.students]))
+    images = job.open_images()
     return Work(
         images=images.num_images,
         epochs=file.train.epochs,
@@ -154,6 +153,8 @@ def own_work(run: Run) -> Work:
         window_shards=file.data.window_shards,
         num_threads=file.data.num_threads,
         in_flight=file.train.requests_in_flight,
+        views_held=job.rules.views_held,
+        mixing_cache_bytes=float(job.loading(images).mixing_cache_bytes if job.recipe.mixing.mixes else 0),
         test_images=open_labelled(file.data.test, file.data).num_images,
         evaluations=min(file.train.num_evaluations, file.train.epochs) - 1,
     )

@@ -20,6 +20,15 @@ from student_trainer.capacity import MOST_IDLE, Needs, Prediction, StageRates, W
 from student_trainer.capacity_scale import Quantity
 from student_trainer.pipeline_simulation import NO_LIMIT
 
+_WAYS_OUT = {
+    "store": "labels are encoded and kept more slowly than students train; give the store a faster disk, or take more student workers",
+    "in flight": (
+        "too few batches are with the teacher for its latency; raise train.requests_in_flight or train.global_batch,"
+        " or bring the teacher nearer"
+    ),
+}
+_VARIATION = "no station is too slow on its own, but the times vary more than so few batches ahead even out; raise train.requests_in_flight"
+
 
 class CapacityPlan(Section):
     """What `distill plan` found."""
@@ -158,11 +167,14 @@ def print_plan(plan: CapacityPlan) -> None:
         console.print(table)
     found = plan.needs
     waits = ", ".join(f"{name} {share:.0%}" for name, share in found.waits.items() if name != "student" and share >= 0.005) or "nobody"
+    heading = "so that nobody waits" if found.converged else "as many as are of use"
     console.print(
-        f"[bold]so that nobody waits[/bold]: {found.student_workers} student worker(s), {found.teachers} teacher(s),"
+        f"[bold]{heading}[/bold]: {found.student_workers} student worker(s), {found.teachers} teacher(s),"
         f" {found.decode_threads} decode thread(s) a worker: {found.images_per_s:.0f} images/s simulated (waits: {waits}),"
         f" {min(found.bounds.values()):.0f} by the slowest station alone"
     )
+    if not found.converged:
+        console.print(f"[bold]somebody waits whatever there is[/bold]: {_WAYS_OUT.get(found.limited_by, _VARIATION)}")
     console.print(_ways_table(plan))
     for title, rows in (("network and store", plan.traffic), ("memory of one worker", plan.memory), ("what grows", plan.growth)):
         console.print(_quantities(title, rows))

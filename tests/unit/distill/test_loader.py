@@ -328,6 +328,21 @@ class TestMixing:
         assert set(decoded.values()) == {decodes}
         assert loader._plain.num_bytes == 0  # every crop has had both its uses
 
+    @pytest.mark.parametrize(("world", "sizes"), [(1, (12, 12, 12)), (2, (12, 12, 12, 12))], ids=["dropped rest", "two workers"])
+    def test_crops_never_used_again_do_not_fill_the_cache(
+        self, log: RejectionLog, monkeypatch: pytest.MonkeyPatch, world: int, sizes: tuple[int, ...]
+    ) -> None:
+        decoded = count_decodes(monkeypatch)
+        cache = 24 * SIZE * SIZE * 3
+        more = {"global_batch": 8, "window_shards": 2, "num_threads": 1, "mixing_cache_bytes": cache}
+        loader = stepwise(MemorySource(sizes), log, 1, BOTH, 0, world, **more)
+        each = []
+        for epoch in range(6):
+            before = decoded.total()
+            num_images = sum(len(batch.image_ids) for batch in loader.epoch(epoch))
+            each.append((decoded.total() - before) / num_images)
+        assert max(each[1:]) <= 1.15 * each[0], each
+
     def test_one_decode_for_all_crops_of_a_pass(self, log: RejectionLog, monkeypatch: pytest.MonkeyPatch) -> None:
         decoded = count_decodes(monkeypatch)
         loader = stepwise(MemorySource((8,)), log, 2, BOTH, num_threads=1, drop_last=False, global_batch=8, mixing_cache_bytes=10**9)

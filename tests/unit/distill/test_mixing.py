@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from distill.config import validate
 from distill.crops import CropKey, CropRecipe, random_generator
 from distill.errors import ConfigError
-from distill.mixing import Crop, CropCache, MixingRecipe, cutmix, mix, mixup, partner_cycle
+from distill.mixing import Crop, CropCache, MixingRecipe, beta_share, cutmix, mix, mixup, partner_cycle
 
 SIDE = 16
 BLACK, WHITE = np.zeros((SIDE, SIDE, 3), dtype=np.uint8), np.full((SIDE, SIDE, 3), 255, dtype=np.uint8)
@@ -45,12 +45,46 @@ class TestMixup:
         np.testing.assert_array_equal(mixup(own, partner, 0.0), partner)
         np.testing.assert_array_equal(mixup(WHITE, WHITE, 0.37), WHITE)
 
-    @pytest.mark.parametrize(("alpha", "variance"), [(1.0, 1 / 12), (0.2, 1 / (4 * 1.4)), (8.0, 1 / (4 * 17))])
+    @pytest.mark.parametrize(("alpha", "variance"), [(1.0, 1 / 12), (0.2, 1 / (4 * 1.4)), (0.6, 1 / (4 * 2.2))])
     def test_shares_are_beta_distributed(self, alpha: float, variance: float) -> None:
         recipe = MixingRecipe(kind="mixup", mixup_alpha=alpha)
         shares = np.array([mixed_of(recipe, view)[0, 0, 0] for view in range(2000)]) / 255
         assert abs(shares.mean() - 0.5) < 0.03
         assert abs(shares.var() / variance - 1) < 0.12
+
+
+class TestBetaShare:
+    """Against numpy's own, which may change; ours may not."""
+
+    @pytest.mark.parametrize("alpha", [0.05, 0.3, 0.9, 1.0])
+    def test_is_beta_distributed(self, alpha: float) -> None:
+        count = 20_000
+        generator = random_generator(CropKey(0, 0, "beta"), b"test")
+        ours = np.sort([beta_share(alpha, generator) for _ in range(count)])
+        assert abs(ours.mean() - 0.5) < 0.015
+        assert ours.var() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.03)
+        theirs = np.sort(np.random.default_rng(0).beta(alpha, alpha, count))
+        at = np.concatenate([ours, theirs])
+        distance = np.abs(np.searchsorted(ours, at, "right") - np.searchsorted(theirs, at, "right")).max() / count
+        assert distance < 1.95 * (2 / count) ** 0.5, "Kolmogorov-Smirnov, 0.1 %"
+
+    def test_an_alpha_so_small_that_powers_vanish_is_one_crop_or_the_other(self) -> None:
+        generator = random_generator(CropKey(0, 0, "beta"), b"test")
+        shares = [beta_share(1e-6, generator) for _ in range(200)]
+        assert all(share < 1e-9 or share > 1 - 1e-9 for share in shares)
+        assert 60 < sum(share > 0.5 for share in shares) < 140
+
+    def test_numbers_never_move(self) -> None:
+        generator = random_generator(CropKey(0, 0, "a"), b"distill.mix")
+        assert [round(beta_share(0.3, generator), 9) for _ in range(4)] == [0.860554572, 0.989822919, 0.96417629, 0.676148585]
+
+    def test_only_uniform_doubles_are_used(self) -> None:
+        class OnlyUniform:
+            def random(self, size: int) -> np.ndarray:
+                return np.full(size, 0.9)
+
+        shown: Any = OnlyUniform()
+        assert mix(WHITE, BLACK, MixingRecipe(kind="mixup", mixup_alpha=0.5), shown)[0, 0, 0] == 128
 
 
 class TestCutmix:
@@ -142,7 +176,7 @@ class TestRecipe:
         assert len({recipe.digest() for recipe in recipes}) == 7
         assert all(CropRecipe.model_validate_json(recipe.model_dump_json()) == recipe for recipe in recipes)
 
-    @pytest.mark.parametrize("wrong", [{"kind": "mixip"}, {"mixup_alpha": 0}, {"cutmix_share": 1.5}, {"alpha": 1}])
+    @pytest.mark.parametrize("wrong", [{"kind": "mixip"}, {"mixup_alpha": 0}, {"mixup_alpha": 1.5}, {"cutmix_share": 1.5}, {"alpha": 1}])
     def test_what_is_wrong_is_refused(self, wrong: dict[str, Any]) -> None:
         with pytest.raises(ConfigError, match="mixing"):
             validate(CropRecipe, {"image_size": 28, "mixing": wrong}, origin="test")

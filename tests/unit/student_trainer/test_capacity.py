@@ -42,6 +42,22 @@ def test_who_is_slow_is_bought_more_of() -> None:
     assert slow_decode.teachers == needs(RATES, WORK, workers=1).teachers
 
 
+@pytest.mark.parametrize(("changes", "station"), [({"keep": 100}, "store"), ({"teacher_latency_s": 10}, "in flight")])
+def test_where_teachers_are_not_what_is_waited_for_no_more_are_bought(changes: dict[str, float], station: str) -> None:
+    found = needs(RATES.replace(**changes), WORK, workers=1)
+    assert not found.converged
+    assert found.limited_by == station
+    assert found.teachers <= 4, "800 / 400 and a little"
+    assert found.decode_threads <= 8
+    assert needs(RATES, WORK, workers=1).converged
+
+
+def test_the_labels_of_shards_in_use_are_those_of_the_job() -> None:
+    held = {row.what: row.value for row in memory(RATES, WORK.replace(views_held=40, mixing_cache_bytes=3e8), workers=1)}
+    assert held["labels of shards in use"] == 40 * 1000 * 1000 * 4
+    assert held["plain crops that wait for mixing"] == 3e8
+
+
 def test_hours_become_workers() -> None:
     assert WORK.trained == 300 * 100_000
     assert workers_for(RATES, WORK, hours=1) == 11  # 30e6 / (800 * 0.95) s = 10.96 h

@@ -42,6 +42,7 @@ def test_each_wait_is_named_by_its_cause() -> None:
         ({"decode_rate": 50.0}, "decode"),
         ({"teacher_rate": 50.0}, "teacher"),
         ({"keep_rate": 250.0, "asks": False}, "store"),
+        ({"keep_rate": 250.0}, "store"),
     ):
         waits = simulate(AMPLE.replace(**changes)).waits
         assert sum(waits.values()) == pytest.approx(1)

@@ -67,9 +67,35 @@ def test_few_questions_find_one_bad_crop(batch: CropBatch, store: SoftLabelStore
     assert len(teacher.calls) <= 1 + 2 * 5  # 24 images: five halvings
 
 
+@pytest.mark.parametrize("size", [1, 5])
+@pytest.mark.parametrize("asked_before", [True, False])
+def test_a_batch_of_bad_images_alone_is_rejected_where_the_teacher_answers_others(
+    batch: CropBatch, store: SoftLabelStore, loader_of: Any, size: int, asked_before: bool
+) -> None:
+    rejections = loader_of().rejections
+    path = LabelPath(store, Choking(list(batch.crops_VBHWC[0][:size])), RULES)
+
+    async def ask() -> tuple[CropBatch, Any]:
+        if asked_before:
+            await answerable(path, batch.take(np.arange(size, 24)), rejections)
+        return await answerable(path, batch.take(np.arange(size)), rejections)
+
+    kept, labels = asyncio.run(ask())
+    assert (kept.image_ids, kept.crops_VBHWC.shape[1], labels.logits_BK.shape, labels.num_asked) == ([], 0, (0, 10), 0)
+    listed = [json.loads(line) for line in rejections.path.read_text().splitlines()]
+    assert listed == [{"image_id": batch.image_ids[at], "reason": REASON} for at in range(size)]
+
+
+class Broken(FakeTeacher):
+    """Answers NaN for whatever it is asked."""
+
+    async def _infer(self, crops_BHWC: Any, temperature_B1: Any, names: tuple[str, ...]) -> dict[str, Any]:
+        return {name: np.full_like(tensor, np.nan) for name, tensor in (await super()._infer(crops_BHWC, temperature_B1, names)).items()}
+
+
 def test_a_teacher_that_answers_nothing_is_at_fault_itself(batch: CropBatch, store: SoftLabelStore, loader_of: Any, held_by: Any) -> None:
     rejections = loader_of().rejections
-    path = LabelPath(store, Choking(list(batch.crops_VBHWC[0])), RULES)
+    path = LabelPath(store, Broken(), RULES)
     with pytest.raises(TeacherAnswerError, match="NaN"):
         asyncio.run(answerable(path, batch, rejections))
     assert rejections.num_rejected == 0

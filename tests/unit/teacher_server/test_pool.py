@@ -426,6 +426,97 @@ def test_a_wrong_answer_is_asked_of_another_and_raised_only_when_all_agree(kind:
     run_in_virtual_time(scenario())
 
 
+class Choking(Served):
+    """Answers NaN for a white crop, or refuses it."""
+
+    refuses = False
+
+    async def _infer(self, crops_BHWC: Crops, temperature_B1: Floats, names: tuple[str, ...]) -> dict[str, Floats]:
+        tensors = await super()._infer(crops_BHWC, temperature_B1, names)
+        is_white_B = (crops_BHWC == 255).all(axis=(1, 2, 3))
+        if self.refuses and is_white_B.any():
+            raise RequestRefused("no white crops")
+        for tensor_BK in tensors.values():
+            tensor_BK[is_white_B] = np.nan
+        return tensors
+
+
+WHITE = np.full_like(CROPS[:1], 255)
+
+
+@pytest.mark.parametrize("kind", [TeacherAnswerError, RequestRefused])
+def test_one_bad_crop_takes_no_teacher_from_the_others(monkeypatch: pytest.MonkeyPatch, kind: type[DistillError]) -> None:
+    monkeypatch.setattr(Choking, "refuses", kind is RequestRefused)
+
+    async def scenario() -> None:
+        pool = pool_of(*(Choking(copies=2) for _ in range(3)))
+        await keep_asking(pool, 8, at_once=20)
+        limits = [state.limit for state in pool.state().members]
+
+        async def ask_bad_ones() -> None:
+            for _ in range(10):
+                with pytest.raises(kind):
+                    await pool.logits(WHITE)
+
+        bad_ones = asyncio.ensure_future(ask_bad_ones())
+        await keep_asking(pool, 5, at_once=20)
+        await bad_ones
+        for state, limit in zip(pool.state().members, limits, strict=True):
+            assert (state.standing, state.failures) == ("in", 0)
+            assert state.for_s > 12, "all the time"
+            assert state.limit >= limit - 1
+        await pool.close()
+
+    run_in_virtual_time(scenario())
+
+
+def test_a_bad_crop_is_told_from_a_bad_teacher_where_the_others_are_away() -> None:
+    async def scenario() -> None:
+        dead, alive = Choking(), Choking()
+        pool = pool_of(dead, alive)
+        await pool.info()
+        dead.kill()
+        await pool.logits(CROPS)
+        with pytest.raises(TeacherAnswerError):
+            await pool.logits(WHITE)
+        assert member(pool, 1).standing == "in"
+        await pool.close()
+        good, broken = Served(), Served()
+        broken.error = TeacherAnswerError("NaN")
+        pool = pool_of(good, broken)
+        await pool.info()
+        good.kill()
+        with pytest.raises(TeacherUnavailable):  # perhaps the one that is away could answer
+            await pool.logits(CROPS)
+        await pool.close()
+
+    run_in_virtual_time(scenario())
+
+
+def test_a_fault_of_ours_while_asking_who_it_is_leaves_nobody_waiting(caplog: pytest.LogCaptureFixture) -> None:
+    class Faulty(Served):
+        faulty = True
+
+        async def ask_canary(self) -> None:
+            if self.faulty:
+                raise KeyError("outputs")
+            await super().ask_canary()
+
+    async def scenario() -> None:
+        teacher = Faulty()
+        pool = pool_of(teacher)
+        async with asyncio.timeout(60):
+            with pytest.raises(TeacherUnavailable, match=r"t0 away .*KeyError\('outputs'\)"):
+                await pool.info()
+            teacher.faulty = False
+            await asyncio.sleep(10)
+            await pool.logits(CROPS)
+        await pool.close()
+
+    run_in_virtual_time(scenario())
+    assert any(record.exc_info for record in caplog.records)
+
+
 def test_crops_that_end_every_teacher_are_given_up() -> None:
     class Fragile(Served):
         async def _infer(self, crops_BHWC: Crops, *rest: Any) -> dict[str, Floats]:
