@@ -57,7 +57,7 @@ def save_checkpoint(folder: Path, weights: dict[str, Tensor], manifest: dict[str
     pending = folder.with_name(f".{folder.name}.pending")
     shutil.rmtree(pending, ignore_errors=True)  # what a killed process left
     pending.mkdir(parents=True)
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, str(pending / WEIGHTS))
+    save_file(_apart(weights), str(pending / WEIGHTS))
     if state is not None:
         torch.save(state, pending / STATE)
     files = {path.name: file_sha256(path) for path in sorted(pending.iterdir())}
@@ -65,6 +65,19 @@ def save_checkpoint(folder: Path, weights: dict[str, Tensor], manifest: dict[str
     for path in (*pending.iterdir(), pending):
         fsync_path(path)
     replace_folder(pending, folder)
+
+
+def _apart(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, none in the memory of another: safetensors refuses tied weights, which are written once for each name."""
+    apart: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in weights.items():
+        own = tensor.detach().cpu().contiguous()
+        if own.untyped_storage().data_ptr() in taken:
+            own = own.clone()
+        taken.add(own.untyped_storage().data_ptr())
+        apart[name] = own
+    return apart
 
 
 def prepare_checkpoint(weights: dict[str, Tensor], manifest: dict[str, Any], state: dict[str, Any] | None = None) -> Write:

@@ -13,16 +13,16 @@ Which parameters have neither decay nor trust ratio is for `distill.optimizers` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, overload
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from distill.lars import trust_ratio
+from distill.lars import LayerwiseOptimizer, trust_ratio
 
 
-class Lamb(torch.optim.Optimizer):
+class Lamb(LayerwiseOptimizer):
     """LAMB. Its state is two moments and a count of steps for each parameter, all in `state_dict`.
 
     Args:
@@ -44,23 +44,6 @@ class Lamb(torch.optim.Optimizer):
         adapt: bool = True,
     ) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "adapt": adapt})
-
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update of every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for weights in group["params"]:
-                if weights.grad is not None:
-                    self._update(weights, weights.grad, group)
-        return loss
 
     def _update(self, weights: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[weights]

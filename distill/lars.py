@@ -13,6 +13,7 @@ Which parameters have neither decay nor trust ratio is for `distill.optimizers` 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any, overload
 
@@ -20,7 +21,32 @@ import torch
 from torch import Tensor
 
 
-class Lars(torch.optim.Optimizer):
+class LayerwiseOptimizer(torch.optim.Optimizer):
+    """An optimiser that updates one parameter after the other, by `_update`."""
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for weights in group["params"]:
+                if weights.grad is not None:
+                    self._update(weights, weights.grad, group)
+        return loss
+
+    @abstractmethod
+    def _update(self, weights: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        """Change `weights` in place; what is remembered of them goes into `self.state[weights]`."""
+
+
+class Lars(LayerwiseOptimizer):
     """LARS with classic momentum. Its state is one buffer for each parameter, all in `state_dict`.
 
     Args:
@@ -49,23 +75,6 @@ class Lars(torch.optim.Optimizer):
             "adapt": adapt,
         }
         super().__init__(groups, defaults)
-
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update of every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for weights in group["params"]:
-                if weights.grad is not None:
-                    self._update(weights, weights.grad, group)
-        return loss
 
     def _update(self, weights: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[weights]

@@ -100,7 +100,8 @@ class RowLine:
     On a terminal rows that tell of `totals` become the live picture of `distill.live_view`; all others, and a log, get the progress line.
 
     Args:
-        exact: every unit is told of in a row. Otherwise, as rows come now and then, all units are taken for done at a good end.
+        exact: every unit is told of in a `step` row. Otherwise these come now and then, and a good end was at the step of the last
+            `checkpoint` row (it may be an early one); where no such row ever came, all units are taken for done.
     """
 
     def __init__(self, title: str, unit: str = "images", exact: bool = False) -> None:
@@ -110,6 +111,9 @@ class RowLine:
         self._line: ProgressLine | None = None
         self._picture: LiveRun | None = None
         self._state: RunState | None = None
+        self._images_per_step = 1
+        self._kept: int | None = None
+        """Units done at the last checkpoint."""
 
     def __enter__(self) -> Self:
         return self
@@ -121,19 +125,22 @@ class RowLine:
         """Move on, if the row says how far the work is."""
         if row["kind"] == "step":
             self._line = self._line or self._start(row)
+            self._images_per_step = row["images"]
             self._line.update(row["step"] * row["images"] - self._line.done, row["note"])
+        elif row["kind"] == "checkpoint":
+            self._kept = row["step"] * self._images_per_step
         elif row["kind"] == "silence" and self._line is not None:
             self._line.update(0, f"the teacher has been silent for {duration(row['seconds'])}; it is asked again and again")
         if self._state is not None:
             self._state.take(row)
 
     def close(self, failed: bool) -> None:
-        """The work ended: all of it is done, unless it failed."""
+        """The work ended."""
         if self._picture is not None:
             self._picture.stop()
         if self._line is not None:
             if not failed and not self._exact:
-                self._line.update(self._line.total - self._line.done)
+                self._line.update((self._line.total if self._kept is None else self._kept) - self._line.done)
             self._line.close(failed)
 
     def _start(self, row: dict[str, Any]) -> ProgressLine:

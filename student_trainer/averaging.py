@@ -29,7 +29,9 @@ class AveragedWeights:
         """The average as a network, in evaluation mode."""
         self.num_updates = 0
         self._decay = decay
-        pairs = list(zip(self.network.state_dict().values(), network.state_dict().values(), strict=True))
+        tensors = zip(self.network.state_dict().values(), network.state_dict().values(), strict=True)
+        # Tied weights have several names and are one tensor, to be moved once a step; the copy is tied in the same way.
+        pairs = list({(theirs.data_ptr(), theirs.shape): (mine, theirs) for mine, theirs in tensors}.values())
         self._floats = [pair for pair in pairs if pair[0].is_floating_point()]
         self._counters = [pair for pair in pairs if not pair[0].is_floating_point()]
 

@@ -62,12 +62,11 @@ class Candidate(Section):
     """Why and when its training ended early; empty if it did not."""
 
 
-def candidates(gathered: dict[str, Any], prefix: str = "") -> list[Candidate]:
+def candidates(gathered: dict[str, Any]) -> list[Candidate]:
     """The students of one run, best first; those that were not judged (they diverged) come last.
 
     Args:
         gathered: see `student_trainer.report.write_report`.
-        prefix: before each name.
     """
     stages = gathered["stages"]
     judged = stages["evaluate"]["students"]
@@ -78,7 +77,7 @@ def candidates(gathered: dict[str, Any], prefix: str = "") -> list[Candidate]:
         entry = judged.get(name)
         found.append(
             Candidate(
-                name=prefix + name,
+                name=name,
                 top1=entry["scores"]["top1"] if entry else None,
                 agreement=entry["to_teacher"]["top1_agreement"] if entry else None,
                 num_parameters=entry["num_parameters"] if entry else None,

@@ -97,13 +97,14 @@ class Selection:
         """One entry for each rung that is behind: `step`, `scores` (None where it was no number) and `kept`."""
         self.final: dict[str, float | None] = dict((before or {}).get("final", {}))
         """Scores of those that trained to the end."""
-        self._best: dict[str, _Best] = {name: _Best(*best) for name, best in (before or {}).get("best", {}).items()}
+        self._best: dict[str, _Best] = {name: _Best.of(*best) for name, best in (before or {}).get("best", {}).items()}
         self._num_students = len(train.students)
         self._steps = rung_steps(train.halving, self._num_students, num_steps) if train.halving else []
 
     def state(self) -> dict[str, Any]:
         """Plain data, for the checkpoint."""
-        return {"rungs": self.rungs, "final": self.final, "best": {name: list(best) for name, best in self._best.items()}}
+        best = {name: [_finite(best.score), best.waited] for name, best in self._best.items()}
+        return {"rungs": self.rungs, "final": self.final, "best": best}
 
     def is_rung(self, done: int) -> bool:
         """Whether the next rung is after this many steps."""
@@ -154,6 +155,11 @@ class _Best(NamedTuple):
 
     score: float
     waited: int
+
+    @classmethod
+    def of(cls, score: float | None, waited: int) -> _Best:
+        """From a checkpoint, where None stands for minus infinity: JSON knows none."""
+        return cls(-math.inf if score is None else score, waited)
 
 
 def _finite(score: float) -> float | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from distill.cluster.watch import RowSink
@@ -11,8 +13,9 @@ from student_trainer.run_metrics import MetricsServer, RunMetrics
 from student_trainer.tensorboard_log import TensorBoardLog
 
 
-def open_sinks(settings: MonitorSettings, folder: Path, title: str) -> list[RowSink]:
-    """Whom `settings` ask for; the worker group's watch closes them.
+@contextmanager
+def open_sinks(settings: MonitorSettings, folder: Path, title: str) -> Iterator[list[RowSink]]:
+    """Whom `settings` ask for. The worker group's watch closes them when the work ends; the end of the block does where it never began.
 
     Args:
         folder: of the stage; its parent is the run's.
@@ -21,11 +24,15 @@ def open_sinks(settings: MonitorSettings, folder: Path, title: str) -> list[RowS
     Raises:
         ServerStartError: the Prometheus port is taken.
     """
-    sinks: list[RowSink] = []
-    if settings.prometheus_port is not None:
-        server = MetricsServer(RunMetrics(folder.absolute().parent.name, title), settings.prometheus_port)
-        console.print(f"  metrics for Prometheus: {server.url}")
-        sinks.append(server)
-    if settings.tensorboard:
-        sinks.append(TensorBoardLog(folder / "tensorboard"))
-    return sinks
+    with ExitStack() as opened:
+        sinks: list[RowSink] = []
+        if settings.prometheus_port is not None:
+            server = MetricsServer(RunMetrics(folder.absolute().parent.name, title), settings.prometheus_port)
+            opened.callback(server.close, failed=True)
+            console.print(f"  metrics for Prometheus: {server.url}")
+            sinks.append(server)
+        if settings.tensorboard:
+            log = TensorBoardLog(folder / "tensorboard")
+            opened.callback(log.close, failed=True)
+            sinks.append(log)
+        yield sinks

@@ -25,6 +25,7 @@ STYLE: dict[Any, Any] = {
     "axes.grid": True,
     "grid.alpha": 0.25,
     "legend.frameon": False,
+    "text.parse_math": False,  # names come from outside: `$` in one is a dollar
 }
 
 

@@ -24,6 +24,9 @@ from student_trainer.changed_confusions import ChangedPair, changed_pairs, mista
 from student_trainer.comparison import Candidate, candidates, in_order
 from student_trainer.waits import Waits
 
+HELD_OUT = " Those of the held-out crops, on which students were compared while they trained, come on top."
+MADE_BY = "Made by distill "
+"""What each page of ours says at its end."""
 LIGHTEST_HISTORY = 2
 """Points below which there is nothing to draw over time."""
 
@@ -48,25 +51,53 @@ def write_report(folder: Path, gathered: dict[str, Any]) -> Path:
 
 
 def write_comparison(path: Path, reports: Sequence[Path]) -> Path:
-    """One page at `path` with the students of all the runs whose `report.json` are given.
+    """One page at `path` with the students of all the runs whose `report.json` are given, each once.
+
+    A student is named after its run: the name of the run's folder, with as many of the folders above as tell it from the other runs.
 
     Raises:
-        ConfigError: a file that is no report of ours, or of another version that had no students to compare.
+        ConfigError: a file that is no report of ours, or of another version that had no students to compare; or `path` is something else
+            than a page of ours.
     """
-    students = [student for report in reports for student in _read_students(report)]
+    if path.is_dir() or (path.exists() and MADE_BY not in path.read_text(encoding="utf-8", errors="replace")):
+        raise ConfigError(f"{path} exists and is no page of distill; give another place, or move it away")
+    read = {report: _read_report(report) for report in {report.resolve(): report for report in reports}.values()}
+    names = distinct_tails([_place(report, run_name) for report, (run_name, _) in read.items()])
+    students = [
+        student.replace(name=f"{name}/{student.name}") for name, (_, found) in zip(names, read.values(), strict=True) for student in found
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    title = f"{len(students)} students of {len(reports)} runs"
+    title = f"{len(students)} students of {len(read)} runs"
     return write_page(path, "students.html.j2", describe_machine(), _students_content(title, in_order(students)))
 
 
-def _read_students(report: Path) -> list[Candidate]:
+def _read_report(report: Path) -> tuple[str, list[Candidate]]:
+    """Name and students of a run."""
     try:
         gathered = json.loads(report.read_text(encoding="utf-8"))
-        return candidates(gathered, prefix=f"{_run_name(gathered)}/")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return _run_name(gathered), candidates(gathered)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{report} is no report.json that can be compared ({type(error).__name__}: {error}); make it with `distill report`"
         ) from error
+
+
+def _place(report: Path, run_name: str) -> tuple[str, ...]:
+    """The folders down to the run of which `report` is, and its name. A report may lie elsewhere than its run did."""
+    parts = report.resolve().with_suffix("").parts
+    while parts and parts[-1] == "report":  # RUN/report/report.json
+        parts = parts[:-1]
+    return parts if parts[-1:] == (run_name,) else (*parts, run_name)
+
+
+def distinct_tails(paths: Sequence[tuple[str, ...]]) -> list[str]:
+    """Of each of the `paths`, as few of its last parts, at least one, as no other ends with, joined by `/`."""
+    found = []
+    for path in paths:
+        lengths = range(1, len(path) + 1)
+        fewest = next((n for n in lengths if sum(other[-n:] == path[-n:] for other in paths) == 1), len(path))
+        found.append("/".join(path[-fewest:]))
+    return found
 
 
 def write_page(path: Path, template: str, machine: str, content: dict[str, Any]) -> Path:
@@ -106,6 +137,8 @@ def _content(gathered: dict[str, Any], students: list[Candidate]) -> dict[str, A
         "rows": _rows(evaluation),
         "confusions": _confusions(evaluation, gathered["class_names"]),
         "labels": _labels(train),
+        "cut_short": [name for name in evaluation["students"] if name in train.get("stopped", {})],
+        "unreadable": gathered["history"].get("train", {}).get("unreadable", 0),
         "waits": Waits(**{name: train["totals"][name] for name in Waits.model_fields}).describe().capitalize() + ".",
         "files": [_file(file) for file in edge["files"]] if edge else [],
         "fingerprint": stages[gathered["teacher"]]["fingerprint"],
@@ -226,9 +259,11 @@ def _pair(pair: ChangedPair) -> dict[str, str]:
 def _labels(train: dict[str, Any]) -> str:
     totals, store = train["totals"], train["store"]
     rate = totals["images"] / max(totals["seconds"], 1e-9)
+    whom = "the students, each until it stopped," if train.get("stopped") else "every student"
     return (
-        f"{totals['images']:.0f} crops trained every student in {totals['seconds']:.0f} s ({rate:.0f}/s);"
-        f" {totals['asked']:.0f} labels came from the teacher, {totals['from_store']:.0f} from the store."
+        f"{totals['images']:.0f} crops trained {whom} in {totals['seconds']:.0f} s ({rate:.0f}/s);"
+        f" {totals['asked']:.0f} of their labels came from the teacher, {totals['from_store']:.0f} from the store."
+        f"{HELD_OUT if any(train.get('selection', {}).values()) else ''}"
         f" The store holds {store['num_labels']} labels in {store['size_bytes'] / 1e6:.1f} MB"
         f" ({store['size_bytes'] / max(1, store['num_labels']):.0f} bytes each, image ids and error bounds included)."
     )

@@ -1,8 +1,9 @@
 """What a run tells Prometheus: `/metrics` of the process that drives it, on loopback, while students are trained.
 
-Flow: rows of the training loop -> `RunMetrics` keeps the last of each kind -> Prometheus asks now and then. The loop counts for itself and
-over restarts, so its totals are handed on as they are. Counters begin anew with each stage (`distill_run_info` names it), which Prometheus
-takes for what it is, a restarted process. Unit of data: one row. docs/monitoring.md lists the names.
+Flow: rows of the training loop -> `RunMetrics` keeps the last of each kind and counts -> Prometheus asks now and then. The loop's totals
+go back where it goes on from a checkpoint, and Prometheus would take that for a counter which began anew and has come so far since. So
+counters are of what was done while this process looked: each rise of a total is added, and a fall adds nothing. They begin at 0 in each
+process and stage (`distill_run_info` names it). Unit of data: one row. docs/monitoring.md lists the names.
 """
 
 from __future__ import annotations
@@ -24,6 +25,28 @@ from student_trainer.totals import of_each_student
 from student_trainer.waits import Waits
 
 HOST = "127.0.0.1"
+REJECTED, FAILURES_OF = "rejected", "failures of "
+"""Names of counters beside those of `student_trainer.totals`."""
+
+
+class Rises:
+    """Counters that never fall, of totals that may."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, float] = {}
+        self.counted: dict[str, float] = {}
+        """Name -> the sum of its rises."""
+
+    def take(self, totals: dict[str, float], first: float | None = None) -> None:
+        """The totals as they are now.
+
+        Args:
+            first: what a name that was not there yet is counted from; None for what it is now, so that nothing from before is counted.
+        """
+        for name, now in totals.items():
+            before = self._last.get(name, now if first is None else first)
+            self.counted[name] = self.counted.get(name, 0.0) + max(0.0, now - before)
+            self._last[name] = now
 
 
 class RunMetrics(Collector):
@@ -40,6 +63,7 @@ class RunMetrics(Collector):
         """Kind -> the last row of it."""
         self._top1: dict[str, float] = {}
         self._stopped: set[str] = set()
+        self._rises = Rises()
 
     def show(self, row: Row) -> None:
         """Keep what the row says."""
@@ -50,6 +74,7 @@ class RunMetrics(Collector):
                 self._stopped.add(row["student"])
             if row["kind"] == "step":
                 self._last.pop("silence", None)  # it answers again
+                self._count(row)
 
     def close(self, failed: bool) -> None:
         """Nothing to put away; the last values stay to be asked for."""
@@ -58,11 +83,12 @@ class RunMetrics(Collector):
         """The metrics as they are now."""
         with self._lock:
             last, top1, stopped = dict(self._last), dict(self._top1), set(self._stopped)
+            counted = dict(self._rises.counted)
         yield InfoMetricFamily("distill_run", "The run and the stage that is being trained", value=self._info)
         if (step := last.get("step")) is not None and "totals" in step:
-            yield from _of_step(step)
-            yield from _of_students(step, top1, stopped)
-            yield from _of_teachers(step)
+            yield from _of_step(step, counted)
+            yield from _of_students(step, counted, top1, stopped)
+            yield from _of_teachers(step, counted)
         silent_s = last["silence"]["seconds"] if "silence" in last else 0.0
         yield GaugeMetricFamily("distill_teacher_silent_seconds", "For how long no teacher has given an answer", value=silent_s)
         if (checkpoint := last.get("checkpoint")) is not None:
@@ -70,15 +96,20 @@ class RunMetrics(Collector):
             yield GaugeMetricFamily("distill_last_checkpoint_timestamp_seconds", text, value=checkpoint["time"])
             yield GaugeMetricFamily("distill_last_checkpoint_step", "Step that the last checkpoint goes on with", value=checkpoint["step"])
 
+    def _count(self, row: Row) -> None:
+        self._rises.take(row.get("totals", {}))
+        # These two the workers count from their start, which is not before this process looks.
+        self._rises.take({REJECTED: row.get("rejected", 0)}, first=0.0)
+        self._rises.take({FAILURES_OF + m["url"]: m["failures"] for m in _members(row)}, first=0.0)
 
-def _of_step(row: Row) -> Iterator[Metric]:
-    totals = row["totals"]
+
+def _of_step(row: Row, totals: dict[str, float]) -> Iterator[Metric]:
     yield CounterMetricFamily("distill_images", "Crops that the students were trained on", value=totals["images"])
     labels = {"teacher": totals["asked"], "store": totals["from_store"]}
     yield _counter("distill_labels", "Soft labels by where they came from", "source", labels.items())
     waits = {name: totals[name] for name in Waits.model_fields}
     yield _counter("distill_waits_seconds", "Time of the training loop by what it went to: training, or waiting", "for", waits.items())
-    yield CounterMetricFamily("distill_rejected_images", "Images that could not be used", value=row["rejected"])
+    yield CounterMetricFamily("distill_rejected_images", "Images that could not be used", value=totals[REJECTED])
     yield GaugeMetricFamily("distill_step", "Steps done", value=row["step"])
     yield GaugeMetricFamily("distill_steps", "Steps in all", value=row["of"])
     yield GaugeMetricFamily("distill_epoch", "Passes over the images that are done", value=row["epoch"])
@@ -87,7 +118,7 @@ def _of_step(row: Row) -> Iterator[Metric]:
     yield GaugeMetricFamily("distill_last_step_timestamp_seconds", text, value=row["time"])
 
 
-def _of_students(row: Row, top1: dict[str, float], stopped: set[str]) -> Iterator[Metric]:
+def _of_students(row: Row, totals: dict[str, float], top1: dict[str, float], stopped: set[str]) -> Iterator[Metric]:
     yield _gauge("distill_student_loss", "Loss of the last batch, in nats", "student", row["losses"].items())
     text = "Share of crops on which student and teacher have the same largest logit, over about the last 20 steps"
     yield _gauge("distill_student_agreement_ratio", text, "student", row["agreement"].items())
@@ -95,13 +126,19 @@ def _of_students(row: Row, top1: dict[str, float], stopped: set[str]) -> Iterato
     yield _gauge("distill_student_top1_ratio", "Share of test images that are right, at the last evaluation", "student", top1.items())
     flags = {student: float(student in stopped) for student in (*row["losses"], *stopped)}
     yield _gauge("distill_student_stopped", "1 for a student that is trained no more", "student", flags.items())
-    each = of_each_student(row["totals"])
+    each = of_each_student(totals)
     seconds = {student: counts["seconds"] for student, counts in each.items()}
     yield _counter("distill_student_step_seconds", "Time that the steps of a student took", "student", seconds.items())
 
 
-def _of_teachers(row: Row) -> Iterator[Metric]:
-    members = row["pool"]["members"] if "pool" in row else []
+def _members(row: Row) -> list[dict[str, Any]]:
+    """The teachers, where there are several."""
+    members: list[dict[str, Any]] = row["pool"]["members"] if "pool" in row else []
+    return members
+
+
+def _of_teachers(row: Row, totals: dict[str, float]) -> Iterator[Metric]:
+    members = _members(row)
     values: tuple[tuple[str, str, dict[str, float | None]], ...] = (
         ("distill_teacher_up", "1 for a teacher that gets requests", {m["url"]: float(m["standing"] == "in") for m in members}),
         ("distill_teacher_in_flight", "Requests under way", {m["url"]: m["in_flight"] for m in members}),
@@ -110,7 +147,7 @@ def _of_teachers(row: Row) -> Iterator[Metric]:
     )
     for name, text, by_url in values:
         yield _gauge(name, text, "url", by_url.items())
-    failures = {m["url"]: m["failures"] for m in members}
+    failures = {m["url"]: totals[FAILURES_OF + m["url"]] for m in members}
     yield _counter("distill_teacher_failures", "Requests that failed and were asked of another", "url", failures.items())
 
 
@@ -167,6 +204,8 @@ class MetricsServer:
 
     def close(self, failed: bool) -> None:
         """Stop answering, free the port."""
+        if not self._thread.is_alive():
+            return
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()

@@ -105,7 +105,7 @@ class DistillSettings(Section):
     teacher_patience_s: float = Field(default=600, gt=0)
     """How long a teacher that gives no answer is waited for before the run stops (resumable)."""
     checkpoint_every_steps: int = Field(default=500, ge=1)
-    """Steps between checkpoints; one is written at each evaluation anyway."""
+    """Steps of the run between checkpoints, counted over the epochs; one is written at each evaluation and each rung anyway."""
     num_evaluations: int = Field(default=20, ge=1)
     """Evaluations on the test images, at ends of epochs spread evenly over the run; the last epoch's is always one."""
 
@@ -157,7 +157,8 @@ class TrainSettings(DistillSettings):
     students: list[StudentSettings] = Field(min_length=1)
     """The students. Each image is decoded once, asked for once, and trains all of them."""
     control: bool = True
-    """Also train each student on the labelled images alone, for as many steps: what distillation is compared with."""
+    """Also train each student on the labelled images alone, for as many steps as the whole run has, whether or not halving or early stop
+    cut it in distillation: what distillation is compared with."""
     halving: HalvingSettings | None = None
     """Let only the best students go on. None: all train to the end."""
     early_stop: EarlyStopSettings | None = None
@@ -178,8 +179,8 @@ class SweepSettings(Section):
     """Many variants of the students on one label stream, of which only the best train to the end (`distill sweep`)."""
 
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(min_length=1)
-    """Field of a student -> its values, such as `optimizer.learning_rate: [0.03, 0.1, 0.3]` or `network.width_multiplier: [0.25, 0.5]`.
-    Every student of `train.students` is trained with every combination."""
+    """Field of a student (not `name`) -> its values, such as `optimizer.learning_rate: [0.03, 0.1, 0.3]` or
+    `network.width_multiplier: [0.25, 0.5]`. Every student of `train.students` is trained with every combination."""
     epochs: int | None = Field(default=None, ge=1)
     """Passes over the images of those that are never cut. Default: `train.epochs`."""
     halving: HalvingSettings = HalvingSettings()

@@ -20,8 +20,11 @@ def expanded(train: TrainSettings, sweep: SweepSettings) -> tuple[TrainSettings,
     """The training of all students of a sweep, and what each of them has of the grid (student -> field -> value).
 
     Raises:
-        ConfigError: the grid names a field that students do not have, gives a value out of range, or asks for more than `max_students`.
+        ConfigError: the grid names `name` or a field that students do not have, gives a value out of range, or asks for more than
+            `max_students`.
     """
+    if "name" in sweep.grid:
+        raise ConfigError("sweep.grid has values for `name`, but the sweep itself names what it makes (NAME.1, NAME.2, ...): take it out")
     points = [dict(zip(sweep.grid, values, strict=True)) for values in itertools.product(*sweep.grid.values())]
     if len(points) * len(train.students) > sweep.max_students:
         raise ConfigError(

@@ -17,6 +17,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from distill.cluster.worker import Row
+from student_trainer.history import SaidAgain
 
 FLUSH_EVERY_S = 5.0
 
@@ -31,8 +32,7 @@ class TensorBoardLog:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._writer: EventsWriter | None = None
-        self._last: dict[str, int] = {}
-        """Kind of row -> the last step that was written."""
+        self._again = SaidAgain()
         self._flushed = time.monotonic()
 
     def show(self, row: Row) -> None:
@@ -42,25 +42,24 @@ class TensorBoardLog:
             return
         self._begin_at(row)
         self._write(Event(step=row["step"], summary=Summary(value=[Summary.Value(tag=t, simple_value=v) for t, v in scalars.items()])), row)
-        self._last[row["kind"]] = row["step"]
         if time.monotonic() - self._flushed >= FLUSH_EVERY_S:
             self._flush()
 
     def close(self, failed: bool) -> None:
         """Everything is on the disk."""
-        if self._writer is not None:
-            self._writer.close()
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
 
     def _begin_at(self, row: Row) -> None:
         """A new session, where this is the first row of the process or the run went back to a checkpoint before it."""
-        again = row["step"] <= self._last.get(row["kind"], -1) or row["step"] < max(self._last.values(), default=-1)
+        again = self._again.is_said(row)
         if self._writer is None:
             self._folder.mkdir(parents=True, exist_ok=True)
             # Its own name holds the second only: a run that is resumed at once would write over the file before.
             self._writer = EventsWriter(str(self._folder / "events"), f".{time.time_ns()}")
             again = True
         if again:
-            self._last.clear()
             self._write(Event(step=row["step"], session_log=SessionLog(status=SessionLog.START)), row)
 
     def _write(self, event: Any, row: Row) -> None:

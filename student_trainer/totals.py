@@ -21,7 +21,7 @@ COUNTS = ("images", "asked", "from_store")
 """Crops that trained every student; labels that the teacher was asked for; labels read from the store."""
 SECONDS = ("seconds", *Waits.model_fields)
 IMAGES_OF, SECONDS_OF = "images of ", "seconds of "
-"""Before a student's name: crops that trained this one; seconds that its steps took."""
+"""Before a student's name: crops that trained this one; seconds that its steps took (on a GPU roughly: see `Totals.step_of`)."""
 
 
 class Totals:
@@ -36,7 +36,9 @@ class Totals:
     def step_of(self, student: str, num_images: int) -> Iterator[None]:
         """Around one step of one student: counts it and its time. What raises does not count.
 
-        The step must end by reading a number from the device (the loss), or the time is that of starting its kernels.
+        On an accelerator the step must read a number from the device (the loss), or the time is that of starting its kernels. What it
+        starts after that, the update of the weights and of their average, is waited for by who reads next: the next student, or the next
+        step. Between students that share a device the seconds are therefore near, not exact; their sum is.
         """
         started = time.monotonic()
         yield

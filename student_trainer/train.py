@@ -33,25 +33,27 @@ def train_students(job: TrainJob, settings: RaySettings, folder: Path, title: st
     Returns:
         Plain data: `totals` (see `student_trainer.totals`), `epochs`, one row an epoch (loss and test top-1 of each student), and
         `stopped`: student -> why it ended before the others (see `Stopped`; one that diverged has no folder), `selection` (see
-        `student_trainer.halving.Selection`) and `num_parameters` of each student.
+        `student_trainer.halving.Selection`), and of each student `num_parameters` and `steps`, those that it took: of the control all there
+        are, and of a student that was stopped fewer.
 
     Raises:
         DistillError: what a worker met, as the class it was there.
     """
-    sinks = open_sinks(monitor, folder, title)
-    with run_workers(train_worker, job.model_dump(mode="json"), settings, folder, title, sinks=sinks) as final:
+    config = job.model_dump(mode="json")
+    with open_sinks(monitor, folder, title) as sinks, run_workers(train_worker, config, settings, folder, title, sinks=sinks) as final:
         progress = keep_students(final / "students", job, folder)
     for name, stopped in progress["stopped"].items():
         console.print(f"  {name} ended after {stopped['step']} steps ({stopped['why']}): {stopped['detail']}", markup=False)
-    return {name: progress[name] for name in ("totals", "epochs", "stopped", "selection", "num_parameters")}
+    return {name: progress[name] for name in ("totals", "epochs", "stopped", "selection", "num_parameters", "steps")}
 
 
 def keep_students(checkpoint: Path, job: TrainJob, folder: Path) -> dict[str, Any]:
     """Write each student of the last checkpoint, but for those that diverged, as a classifier of its own, with its averaged weights if it
-    has any; return what the checkpoint says of the run.
+    has any; return what the checkpoint, of a run that is over, says of it, with `num_parameters` and `steps` of each student.
 
     Raises:
         CheckpointError: see `restore_students`.
+        SourceError: see `TrainJob.open_images`.
     """
     students = new_students(job, torch.device("cpu"), job.train.global_batch)
     progress = restore_students(checkpoint, students)
@@ -74,4 +76,6 @@ def keep_students(checkpoint: Path, job: TrainJob, folder: Path) -> dict[str, An
         )
         save_classifier(folder / "students" / name, student.judged, card)
     sizes = {s.settings.name: sum(parameter.numel() for parameter in s.network.parameters()) for s in students}
-    return {**progress, "num_parameters": sizes}
+    num_steps = job.epochs * job.steps_per_epoch()
+    steps = {s.settings.name: s.stopped.step if s.stopped else num_steps for s in students}
+    return {**progress, "num_parameters": sizes, "steps": steps}

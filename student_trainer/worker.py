@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from distill.checkpoint import Write
@@ -82,6 +82,17 @@ class _StopWanted(Exception):
     """Somebody wants the loop to end; all workers know at the same step."""
 
 
+@dataclass
+class _Mean:
+    """A mean that can be gone on with."""
+
+    total: float = 0.0
+    count: int = 0
+
+    def add(self, value: float) -> None:
+        self.total, self.count = self.total + value, self.count + 1
+
+
 class _Run:
     """The loop, and what it does with a batch, at the end of an epoch, and at a checkpoint."""
 
@@ -103,7 +114,8 @@ class _Run:
         """One row an epoch: mean loss and test top-1 of each student. In the checkpoint, so that no row is lost or doubled."""
         self._rows = StepRows(students, lessons.stream, self.totals, worker.world)
         self._posted = 0.0
-        self._losses: dict[str, list[float]] = {}
+        self._losses = {name: _Mean(*loss) for name, loss in progress.get("losses", {}).items()}
+        """Student -> loss since the last evaluation; in the checkpoint as well."""
         self._steps_per_epoch = lessons.stream.loader.plan(0).num_steps
         self._held_out: HeldOut | None = None
         # The control has no teacher to compare with, and every student needs its control.
@@ -118,33 +130,40 @@ class _Run:
         Raises:
             _StopWanted: before a step.
         """
+        for student in self.students:
+            if student.stopped:  # before this process: who watches the run does not know it
+                self._post_stopped(student, student.stopped)
         while self.epoch < self.job.epochs and self._active:
+            is_due = False
             for batch, lesson in self.lessons.epoch(self.epoch, self.step):
                 if self.worker.should_stop():
                     raise _StopWanted
                 self.train_on(batch, lesson)
                 self.step = batch.crops.step + 1
-                is_due = self._pass_rung() or self.step % self.job.train.checkpoint_every_steps == 0
+                is_due = self._pass_rung() or self._done % self.job.train.checkpoint_every_steps == 0
                 if not self._active:
                     return self.checkpoint()
                 if is_due and self.step < self._steps_per_epoch:
                     self.checkpoint()
-            self._end_epoch()
+            self._end_epoch(is_due)
 
     @property
     def _active(self) -> list[Student]:
         return [student for student in self.students if not student.stopped]
 
-    def _end_epoch(self) -> None:
+    def _end_epoch(self, is_due: bool) -> None:
+        """Evaluate where that is planned; a checkpoint there, and where one `is_due` after the last step."""
         self.epoch, self.step = self.epoch + 1, 0
         self.lessons.stream.commit()
         self.worker.barrier()  # all have committed: the next epoch may meet images that another worker asked for
-        if is_evaluated(self.epoch, self.job.epochs, self.job.train.num_evaluations):
+        evaluated = is_evaluated(self.epoch, self.job.epochs, self.job.train.num_evaluations)
+        if evaluated:
             self.evaluate()
             if self.selection.early_stop and self.epoch < self.job.epochs:
                 self._stop(self.selection.follow(self._scores(self.selection.early_stop.metric), self._done))
             if self.selection.halving and self.epoch == self.job.epochs:
                 self.selection.finish(self._scores(self.selection.halving.metric))
+        if evaluated or is_due:
             self.checkpoint()
 
     @property
@@ -193,7 +212,7 @@ class _Run:
             if student.stopped:
                 self._tell_stopped(student, student.stopped)
             else:
-                self._losses.setdefault(student.settings.name, []).append(student.loss)
+                self._losses.setdefault(student.settings.name, _Mean()).add(student.loss)
         self.totals.count(batch, self.lessons.stream.waits)
         if time.monotonic() - self._posted > POST_EVERY_S:
             self._post_step(step + 1, num_steps)
@@ -215,15 +234,18 @@ class _Run:
         Raises:
             TrainingDiverged: it was the last, and none has anything to keep. The last checkpoint stays.
         """
-        self.worker.post({"kind": "stopped", "student": student.settings.name, **stopped.model_dump(mode="json")})
+        self._post_stopped(student, stopped)
         logger.warning("student %s is stopped: %s", student.settings.name, stopped.detail)
         if all(s.stopped and s.stopped.why == "diverged" for s in self.students):
             said = "; ".join(f"student {s.settings.name}: {s.stopped.detail}" for s in self.students if s.stopped)
             raise TrainingDiverged(f"no student is left: {said}")
 
+    def _post_stopped(self, student: Student, stopped: Stopped) -> None:
+        self.worker.post({"kind": "stopped", "student": student.settings.name, **stopped.model_dump(mode="json")})
+
     def evaluate(self) -> None:
         """Accuracy on the test images and mean loss (of worker 0's images) since the last evaluation, as a row for the journal."""
-        means = {name: float(np.mean(losses)) for name, losses in self._losses.items()}
+        means = {name: loss.total / loss.count for name, loss in self._losses.items()}
         self._losses.clear()
         if self.worker.rank != 0:
             return
@@ -246,6 +268,7 @@ class _Run:
         totals = self.totals.of_all_workers(self.worker)
         progress: dict[str, Any] = {"epoch": self.epoch, "step": self.step, "totals": totals, "epochs": self.epochs}
         progress["selection"] = self.selection.state()
+        progress["losses"] = {name: [loss.total, loss.count] for name, loss in self._losses.items()}
         if isinstance(stream, LabelledStream):
             progress["store"] = stream.path.store.manifest_digest()
 

@@ -9,7 +9,13 @@ import click
 
 @click.command("compare")
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
-@click.option("--to", type=click.Path(path_type=Path), default=Path("students.html"), show_default=True, help="The page.")
+@click.option(
+    "--to",
+    type=click.Path(path_type=Path),
+    default=Path("students.html"),
+    show_default=True,
+    help="The page. What is there is replaced only if it is such a page.",
+)
 def compare(runs: tuple[Path, ...], to: Path) -> None:
     """The students of several runs on one page.
 

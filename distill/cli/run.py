@@ -16,6 +16,7 @@ from distill.cli.teacher_import import teacher_digest
 from distill.config import digest_of, validate
 from distill.errors import CheckpointError, ConfigError, StageMissing
 from distill.image_sets import class_names_of, open_labelled, open_unlabelled
+from distill.mixing import MixingRecipe
 from distill.models.saved_classifier import read_card
 from distill.models.settings import NetworkSettings
 from distill.rejections import RejectionLog
@@ -33,7 +34,7 @@ NO_EFFECT = {
     "requests_in_flight": 1,
     "teacher_patience_s": 1,
     "checkpoint_every_steps": 1,
-    "num_evaluations": 1,
+    "mixing_cache_mib": 0,
     "control": True,
     "compile_backend": None,
 }
@@ -42,15 +43,30 @@ NO_EFFECT = {
 NO_EFFECT_ON_CONTROL = {
     "halving": None,
     "early_stop": None,
-    "held_out_images": 1,
     "alpha": 1,
     "labelled_batch": None,
     "num_views": 1,
+    "crops_per_decode": 1,
+    "mixing": MixingRecipe(),
     "temperature": 1,
     "scale_by_temperature_squared": False,
     "weighting": "none",
 }
 """And those that only steer what is learnt from a teacher."""
+
+
+def what_comes_out(train: TrainSettings, **changes: Any) -> dict[str, Any]:
+    """The settings of a training that its result depends on, as plain data; the others have a value that is always the same.
+
+    Args:
+        changes: made before.
+    """
+    train = train.replace(**NO_EFFECT, **changes)
+    if train.early_stop is None:  # it counts evaluations
+        train = train.replace(num_evaluations=1)
+    if train.early_stop is None and train.halving is None:
+        train = train.replace(held_out_images=1)
+    return plain(train)
 
 
 class Run:
@@ -160,7 +176,7 @@ class Run:
     @property
     def self_distill(self) -> Stage:
         """The teacher's own student."""
-        settings = {"train": plain(self.self_training.replace(**NO_EFFECT)), **self._learning}
+        settings = {"train": what_comes_out(self.self_training), **self._learning}
         inputs = {"teacher": self.first_teacher.digest, "images": self.images("unlabelled"), **self._labelled(self.self_training)}
         return Stage(self.folder, "self-distill", settings, inputs)
 
@@ -264,7 +280,7 @@ class Run:
     def sweep(self) -> Stage:
         """The choice among variants of the students."""
         training, _ = self.sweep_training
-        settings = {"train": plain(training.replace(**NO_EFFECT)), **self._learning}
+        settings = {"train": what_comes_out(training), **self._learning}
         inputs = {"teacher": self.teacher.digest, "images": self.images("unlabelled"), **self._labelled(training)}
         return Stage(self.folder, "sweep", settings, inputs)
 
@@ -282,7 +298,7 @@ class Run:
     @property
     def train(self) -> Stage:
         """Stage 3."""
-        settings = {"train": plain(self.file.train.replace(**NO_EFFECT)), **self._learning}
+        settings = {"train": what_comes_out(self.file.train), **self._learning}
         inputs = {"teacher": self.teacher.digest, "images": self.images("unlabelled"), **self._labelled(self.file.train)}
         return Stage(self.folder, "train", settings, inputs)
 
@@ -291,7 +307,7 @@ class Run:
         """The students trained on labels alone."""
         train = self.file.train
         settings = {
-            "train": plain(train.replace(**NO_EFFECT, **NO_EFFECT_ON_CONTROL)),
+            "train": what_comes_out(train, **NO_EFFECT_ON_CONTROL),
             "crops": self._crops,
             **self._labels,
         }

@@ -293,7 +293,7 @@ def _train(run: Run, job: TrainJob, folder: Path, title: str) -> Result:
 
 
 def train_control(run: Run) -> Result:
-    """The same students on the labels alone, for as many steps."""
+    """The same students on the labels alone, for at least as many steps as the whole run has (whole epochs)."""
 
     def work(folder: Path) -> Result:
         from student_trainer.train import train_students

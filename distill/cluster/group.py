@@ -22,7 +22,7 @@ import torch
 from ray.train import CheckpointUploadMode
 from ray.train.torch import TorchTrainer
 
-from distill.checkpoint import Write
+from distill.checkpoint import Write, fsync_path
 from distill.cluster.board import BoardHandle, raise_failure, report_failure, start_board
 from distill.cluster.session import ray_session
 from distill.cluster.settings import RaySettings
@@ -174,8 +174,7 @@ class RayWorker:
             """What Ray calls in its one upload thread: written where it stays, so nothing is copied a second time."""
             target = self._folder / name
             try:
-                target.mkdir(parents=True, exist_ok=True)
-                write(target)
+                _write_into(target, write)
             except BaseException as error:
                 writing.set_exception(error)
                 raise
@@ -209,6 +208,14 @@ class RayWorker:
         """See `Worker`."""
         if self.world > 1:
             torch.distributed.barrier()
+
+
+def _write_into(target: Path, write: Write) -> None:
+    """Fill a new folder. What is written sees to its own; the folder's entry in its parent must last as well, or Ray would know a
+    checkpoint that a power cut took away."""
+    target.mkdir(parents=True, exist_ok=True)
+    write(target)
+    fsync_path(target.parent)
 
 
 class _Wish:

@@ -1,6 +1,7 @@
 """A Ray cluster for the time of a `with` block: the one that is given, or one on this machine that leaves nothing behind.
 
-A local cluster listens on loopback only and answers only to a token made for it.
+A local cluster listens on loopback only and answers only to a token made for it. Ray replaces the handler of SIGTERM when it starts and
+takes it away when it stops; whoever had one before the block has it in the block and after it.
 """
 
 from __future__ import annotations
@@ -8,7 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +20,7 @@ import ray
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
 from distill.cluster.settings import RaySettings
-from distill.errors import ServerStartError
+from distill.errors import ServerStartError, Terminated
 
 OBJECT_STORE_BYTES = 256 * 2**20
 """Local cluster: crops and labels do not go through the object store, so a small one is enough."""
@@ -29,22 +32,43 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
 
     Raises:
         ServerStartError: no cluster at that address, or none could be started.
+        Terminated: SIGTERM while Ray starts.
     """
     if ray.is_initialized():
         yield
         return
-    with tempfile.TemporaryDirectory(prefix="distill-ray-") as private:
+    with tempfile.TemporaryDirectory(prefix="distill-ray-") as private, _own_sigterm():
         try:
-            if settings.address:
-                ray.init(settings.address, log_to_driver=False, logging_level=logging.ERROR)
-            else:
-                _start_local(settings, Path(private))
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ServerStartError(f"no Ray cluster ({settings.address or 'local'}): {error}") from error
-        try:
+            with _own_sigterm():
+                _start(settings, Path(private))
             yield
         finally:
-            ray.shutdown()
+            ray.shutdown()  # of a start that was cut short, too
+
+
+def _start(settings: RaySettings, private: Path) -> None:
+    try:
+        if settings.address:
+            ray.init(settings.address, log_to_driver=False, logging_level=logging.ERROR)
+        else:
+            _start_local(settings, private)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ServerStartError(f"no Ray cluster ({settings.address or 'local'}): {error}") from error
+    except SystemExit as end:
+        if end.code == signal.SIGTERM:  # what Ray's handler makes of it, and ours is not back yet
+            raise Terminated from end
+        raise
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """The handler of SIGTERM from before the block is there after it. Only the main thread may set one; in others Ray lets it be."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _start_local(settings: RaySettings, private: Path) -> None:

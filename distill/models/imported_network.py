@@ -11,6 +11,7 @@ Unit of data: one network.
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -31,10 +32,11 @@ def create_imported(name: str, num_classes: int, image_size: int) -> nn.Module:
 
     Raises:
         ConfigError: no such module or function, it fails, it returns something else than a Module, or the Module gives no [B,K] of floats
-            for crops of this size.
+            for crops of this size, in evaluation or in training mode.
     """
     network = _call(_find(name), name, num_classes)
-    _check_logits(network, name, num_classes, image_size)
+    _check_logits(network.eval(), "evaluation", name, num_classes, image_size)
+    _check_logits(_twin(network, name).train(), "training", name, num_classes, image_size)
     return network.train()
 
 
@@ -66,17 +68,30 @@ def _call(function: Callable[..., Any], name: str, num_classes: int) -> nn.Modul
     return network
 
 
-def _check_logits(network: nn.Module, name: str, num_classes: int, image_size: int) -> None:
-    """One pass over two black crops, in evaluation mode, so that no statistics move."""
-    network.eval()
+def _twin(network: nn.Module, name: str) -> nn.Module:
+    """A copy whose statistics may move."""
+    try:
+        return copy.deepcopy(network)
+    except Exception as error:
+        raise ConfigError(f"network {name!r} cannot be copied by copy.deepcopy: {type(error).__name__}: {error}") from error
+
+
+def _check_logits(network: nn.Module, mode: str, name: str, num_classes: int, image_size: int) -> None:
+    """One pass over two black crops; `mode` is that of the network, in words."""
     try:
         with torch.no_grad():
             logits_BK = network(torch.zeros(2, 3, image_size, image_size))
     except Exception as error:
         raise ConfigError(
-            f"network {name!r} fails on float crops of shape [2, 3, {image_size}, {image_size}]: {type(error).__name__}: {error}"
+            f"network {name!r} in {mode} mode fails on float crops of shape [2, 3, {image_size}, {image_size}]:"
+            f" {type(error).__name__}: {error}"
         ) from error
     if not isinstance(logits_BK, torch.Tensor) or not logits_BK.is_floating_point():
-        raise ConfigError(f"network {name!r} returned no tensor of floats for two crops; logits of shape [2, {num_classes}] are needed")
+        raise ConfigError(
+            f"network {name!r} in {mode} mode returned a {type(logits_BK).__name__} and no tensor of floats for two crops;"
+            f" logits of shape [2, {num_classes}] are needed (a network with auxiliary outputs is to be made without them)"
+        )
     if tuple(logits_BK.shape) != (2, num_classes):
-        raise ConfigError(f"network {name!r} returned shape {list(logits_BK.shape)} for two crops; [2, {num_classes}] is needed")
+        raise ConfigError(
+            f"network {name!r} in {mode} mode returned shape {list(logits_BK.shape)} for two crops; [2, {num_classes}] is needed"
+        )

@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 DISTILL = Path(sys.executable).with_name("distill")
 MARK = "DISTILL_TEST_RUN"
 LISTENING = "0A"
-TIMEOUT_S = 300
+TIMEOUT_S = 900
 
 SMOKE = (
     "data.unlabelled.path=data/fashion-mnist/train-00000[0-1].tar.gz",
@@ -55,7 +55,7 @@ SMOKE = (
 """2000 unlabelled images in 2 shards, 100 labels, 1000 test images; about a minute on two free cores."""
 
 
-def _wait_until(what: Callable[[], Any], process: subprocess.Popen[str] | None = None, timeout_s: float = 120) -> Any:
+def _wait_until(what: Callable[[], Any], process: subprocess.Popen[str] | None = None, timeout_s: float = 300) -> Any:
     """The first true answer of `what`; fails when `process` ends before, or after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while not (answer := what()):

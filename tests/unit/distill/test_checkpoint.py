@@ -70,6 +70,14 @@ class TestRoundTrip:
         save_checkpoint(tmp_path / "c", {"turned": base.T}, {})
         assert torch.equal(load_checkpoint(tmp_path / "c").weights["turned"], base.T)
 
+    def test_tied_weights_are_saved_under_each_of_their_names(self, tmp_path: Path) -> None:
+        layer = nn.Linear(2, 2, bias=False)
+        save_checkpoint(tmp_path / "c", {"one": layer.weight, "part": layer.weight[0], "other": layer.weight}, {})
+        found = load_checkpoint(tmp_path / "c").weights
+        assert torch.equal(found["one"], layer.weight)
+        assert torch.equal(found["other"], layer.weight)
+        assert torch.equal(found["part"], layer.weight[0])
+
     def test_overwriting_leaves_nothing_behind(self, saved: Path) -> None:
         save_checkpoint(saved, weights_of(2.5), {"kind": "test", "step": 4})
         found = load_checkpoint(saved)

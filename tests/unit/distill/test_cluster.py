@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from distill.cluster import group
 from distill.cluster.ddp import sync_batch_norm, wrap
 from distill.cluster.group import _remove_unregistered
 from distill.cluster.worker import LocalWorker
@@ -109,6 +110,14 @@ def test_synchronising_twice_changes_nothing_more() -> None:
     once = [type(module) for module in sync_batch_norm(network, worker).modules()]
     assert [type(module) for module in sync_batch_norm(network, worker).modules()] == once
     assert {name: tensor.data_ptr() for name, tensor in network.state_dict().items()} == weights  # optimisers hold these tensors
+
+
+def test_a_checkpoints_folder_is_made_durable_after_what_is_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its parent's list of names last: the order of the calls, as no test can cut the power."""
+    done: list[object] = []
+    monkeypatch.setattr(group, "fsync_path", done.append)
+    group._write_into(tmp_path / "ray" / "checkpoint_1", lambda folder: done.append(("written", folder.is_dir())))
+    assert done == [("written", True), tmp_path / "ray"]
 
 
 class TestCheckpointsThatRayDoesNotKnow:

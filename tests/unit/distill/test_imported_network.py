@@ -34,6 +34,18 @@ def pair(num_classes):
     return Pair()
 
 
+class Auxiliary(nn.Module):
+    # As GoogLeNet and Inception: more than logits, but in training only.
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.body = tiny(num_classes)
+
+    def forward(self, images_BCHW):
+        logits = self.body(images_BCHW)
+        return (logits, logits) if self.training else logits
+
+
 def only_224(num_classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 224 * 224, num_classes))
 
@@ -99,8 +111,9 @@ def test_torchvisions_own() -> None:
         ("nets_of_a_user:without_an_argument", "called with num_classes=10 it fails: TypeError"),
         ("nets_of_a_user:failing", "called with num_classes=10 it fails: RuntimeError: no weights here"),
         ("nets_of_a_user:thousand", r"returned shape \[2, 1000\] for two crops; \[2, 10\] is needed"),
-        ("nets_of_a_user:pair", "returned no tensor of floats for two crops"),
-        ("nets_of_a_user:only_224", r"fails on float crops of shape \[2, 3, 16, 16\]: RuntimeError"),
+        ("nets_of_a_user:pair", "in evaluation mode returned a tuple and no tensor of floats for two crops"),
+        ("nets_of_a_user:Auxiliary", "in training mode returned a tuple and no tensor of floats for two crops"),
+        ("nets_of_a_user:only_224", r"in evaluation mode fails on float crops of shape \[2, 3, 16, 16\]: RuntimeError"),
         ("os:abort", "called with num_classes=10 it fails: TypeError"),  # what a checkpoint names runs only if it takes num_classes
     ],
 )

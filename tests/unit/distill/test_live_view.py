@@ -125,6 +125,17 @@ def test_a_log_gets_a_line_now_and_then_and_one_at_the_end(monkeypatch: pytest.M
     assert "\x1b" not in text.getvalue()
 
 
+def test_a_run_that_ended_early_says_how_far_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All students stopped at step 400 of 1000, which only the checkpoint tells: the last `step` row was before it."""
+    text = console_to(monkeypatch, terminal=False)
+    with RowLine("distill") as line:
+        line.show(step_row(100, 1000.0))
+        line.show({"kind": "checkpoint", "time": 1010.0, "step": 200, "epoch": 0})
+        line.show(step_row(390, 1020.0))
+        line.show({"kind": "checkpoint", "time": 1021.0, "step": 400, "epoch": 1})
+    assert text.getvalue().splitlines()[-1].startswith("  distill: 40000 images in ")
+
+
 def test_a_terminal_gets_the_picture_and_keeps_one_line_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     text = console_to(monkeypatch, terminal=True)
     line = RowLine("distill")

@@ -92,6 +92,10 @@ class TestWhatAStageDependsOn:
             ("train.students.0.ema_decay=0.9", {"sweep", "train", "control", "evaluate", "export-student"}),
             ("train.weighting=entropy", {"sweep", "train", "evaluate", "export-student"}),
             ("train.compile_backend=inductor", set()),
+            ("train.mixing_cache_mib=7", set()),
+            ("train.held_out_images=7", {"sweep"}),
+            ("train.mixing={kind: cutmix}", {"sweep", "train", "evaluate", "export-student"}),
+            ("train.crops_per_decode=2", {"sweep", "train", "evaluate", "export-student"}),
             ("train.halving={eta: 2}", {"train", "evaluate", "export-student"}),
             ("train.early_stop={patience: 3}", {"sweep", "train", "evaluate", "export-student"}),
             ("store.max_tv=0.1", FROM_SELF_DISTILLING_ON),
@@ -117,6 +121,13 @@ class TestWhatAStageDependsOn:
         before, after = stages_of(run_of(tree)), stages_of(run_of(tree, override))
         assert set(before) == set(Run.STAGES) - {"import"}
         assert {name for name in before if before[name] != after[name]} == changed
+
+    def test_evaluations_and_held_out_images_where_early_stop_looks_at_them(self, tree: dict[str, Any]) -> None:
+        stopping = "train.early_stop={patience: 3}"
+        before = stages_of(run_of(tree, stopping))
+        for override in ("train.num_evaluations=2", "train.held_out_images=7"):
+            after = stages_of(run_of(tree, stopping, override))
+            assert {name for name in before if before[name] != after[name]} == {"sweep", "train", "evaluate", "export-student"}
 
     def test_labels_that_are_learnt_from_beside_the_teachers(self, tree: dict[str, Any]) -> None:
         """Below alpha 1 the students' labels count, and not only by way of the teacher."""

@@ -32,18 +32,20 @@ class FakeBoard:
 
 
 class Listener:
-    def __init__(self, fails: bool = False) -> None:
+    def __init__(self, fails: Exception | None = None, fails_to_close: Exception | None = None) -> None:
         self.rows: list[dict[str, Any]] = []
         self.closed: list[bool] = []
-        self.fails = fails
+        self.fails, self.fails_to_close = fails, fails_to_close
 
     def show(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
         if self.fails:
-            raise OSError("no space left on device")
+            raise self.fails
 
     def close(self, failed: bool) -> None:
         self.closed.append(failed)
+        if self.fails_to_close:
+            raise self.fails_to_close
 
 
 @pytest.fixture
@@ -83,7 +85,7 @@ def test_a_failure_is_told_to_the_sinks(board: FakeBoard, tmp_path: Path) -> Non
 def test_a_sink_that_cannot_write_is_given_up_and_the_others_go_on(
     board: FakeBoard, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bad, good = Listener(fails=True), Listener()
+    bad, good = Listener(OSError("no space left on device")), Listener()
     with Watch(board, tmp_path / "metrics.jsonl", [bad, good]):
         board.post(kind="step", step=1)
         board.post(kind="step", step=2)
@@ -91,3 +93,58 @@ def test_a_sink_that_cannot_write_is_given_up_and_the_others_go_on(
     assert [row["step"] for row in good.rows] == [1, 2]
     assert len(journal_of(tmp_path / "metrics.jsonl")) == 2
     assert "Listener shows no more: no space left on device" in capsys.readouterr().out
+    assert (bad.closed, good.closed) == ([True], [False])
+
+
+def test_a_line_that_was_cut_off_stays_by_itself(board: FakeBoard, tmp_path: Path) -> None:
+    journal = tmp_path / "metrics.jsonl"
+    journal.write_text('{"kind": "step", "step": 1}\n{"kind": "st')
+    for step in (2, 3):  # two processes
+        with Watch(board, journal, []):
+            board.post(kind="step", step=step, time=1.0)
+    first, torn, *later = journal.read_text().splitlines()
+    assert (first, torn) == ('{"kind": "step", "step": 1}', '{"kind": "st')
+    assert [json.loads(line)["step"] for line in later] == [2, 3]
+
+
+@pytest.mark.parametrize("path", ["/dev/full", "no/such/folder/metrics.jsonl"])
+def test_without_a_journal_the_others_go_on_and_it_is_said_once(board: FakeBoard, path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    listener = Listener()
+    with Watch(board, Path(path), [listener]):
+        for step in (1, 2):
+            board.post(kind="step", step=step)
+    assert [row["step"] for row in listener.rows] == [1, 2]
+    assert listener.closed == [False]
+    assert capsys.readouterr().out.count("Journal shows no more: ") == 1
+
+
+def test_a_fault_in_a_sink_is_raised_at_the_end_and_stops_no_other(board: FakeBoard, tmp_path: Path) -> None:
+    bad, good = Listener(KeyError("totals")), Listener()
+    for step in (1, 2):
+        board.post(kind="step", step=step)
+    with pytest.raises(KeyError, match="totals"), Watch(board, tmp_path / "metrics.jsonl", [bad, good]):
+        pass
+    assert [row["step"] for row in good.rows] == [1, 2]
+    assert good.closed == [False]
+    assert len(journal_of(tmp_path / "metrics.jsonl")) == 2
+
+
+def test_all_are_closed_though_one_cannot(board: FakeBoard, tmp_path: Path) -> None:
+    bad, good = Listener(fails_to_close=ValueError("closed before")), Listener()
+    with pytest.raises(ValueError, match="closed before"), Watch(board, tmp_path / "metrics.jsonl", [bad, good]):
+        pass
+    assert good.closed == [False]
+
+
+def test_a_board_that_says_nonsense_ends_the_watch_and_is_raised(board: FakeBoard, tmp_path: Path) -> None:
+    listener = Listener()
+    board.rows = None  # type: ignore[assignment]
+    with pytest.raises(TypeError), Watch(board, tmp_path / "metrics.jsonl", [listener]):
+        pass
+    assert listener.closed == [False]
+
+
+def test_the_error_of_the_work_comes_before_that_of_a_sink(board: FakeBoard, tmp_path: Path) -> None:
+    board.post(kind="step", step=1)
+    with pytest.raises(ValueError, match="broke"), Watch(board, tmp_path / "metrics.jsonl", [Listener(KeyError("totals"))]):
+        raise ValueError("broke")

@@ -52,11 +52,11 @@ def test_students_are_in_order_and_one_that_diverged_is_still_named() -> None:
         "train": {"totals": TOTALS, "store": {"size_bytes": 3000}, "stopped": {"c": stop}},
         "export-student": None,
     }
-    found = candidates({"stages": stages}, prefix="run/")
+    found = candidates({"stages": stages})
     assert [(one.name, one.top1, one.stopped) for one in found] == [
-        ("run/b", 0.75, ""),
-        ("run/a", 0.5, ""),
-        ("run/c", None, "diverged at step 7: the loss is not finite"),
+        ("b", 0.75, ""),
+        ("a", 0.5, ""),
+        ("c", None, "diverged at step 7: the loss is not finite"),
     ]
 
 

@@ -82,6 +82,16 @@ class TestHalving:
             assert list(selection.follow(scores_of(0.3, 0.3, 0.3, first=6), 200)) == ["s6", "s8"]
 
 
+def test_a_score_that_is_no_number_goes_through_json() -> None:
+    settings = settings_of(1, early_stop={"patience": 2})
+    before = Selection(settings, 100)
+    before.follow({"s0": -math.inf}, 10)
+    resumed = Selection(settings, 100, json.loads(json.dumps(before.state(), allow_nan=False)))
+    for selection in (before, resumed):
+        assert selection.follow({"s0": -math.inf}, 20) == {}
+        assert list(selection.follow({"s0": -math.inf}, 30)) == ["s0"]
+
+
 class TestEarlyStop:
     def run(self, scores: list[float], **settings: Any) -> list[str]:
         """Words of the evaluations at which it stops."""

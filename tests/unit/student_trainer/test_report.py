@@ -17,7 +17,7 @@ from playwright.sync_api import sync_playwright
 from distill.errors import ConfigError
 from distill.label_metrics import agreement, confusions, score
 from export.edge import EdgeFile
-from student_trainer.report import write_comparison, write_report
+from student_trainer.report import distinct_tails, write_comparison, write_report
 from student_trainer.sweep_report import write_sweep
 from student_trainer.waits import Waits
 
@@ -139,7 +139,8 @@ def test_the_page_says_the_runs_numbers(tmp_path: Path, gathered: dict[str, Any]
         assert f"{entry['to_teacher']['kl']:.3f}" in page.words
     for words in (
         "1,234,567",
-        "4000 crops trained every student in 80 s (50/s); 2100 labels came from the teacher, 1900 from the store.",
+        "4000 crops trained the students, each until it stopped, in 80 s (50/s)",
+        "(50/s); 2100 of their labels came from the teacher, 1900 from the store. The",
         "2100 labels in 0.2 MB (100 bytes each",
         "Student busy 75%, waits for teacher 25%",
         "small/ small.int8.onnx",  # it may break there
@@ -155,6 +156,32 @@ def test_the_page_says_the_runs_numbers(tmp_path: Path, gathered: dict[str, Any]
     ):
         assert words in page.words, words
     assert page.tags.count("svg") == 8
+
+
+def test_what_early_ends_and_held_out_crops_change_is_said(tmp_path: Path, gathered: dict[str, Any]) -> None:
+    train = gathered["stages"]["train"]
+    train |= {"stopped": {}, "selection": {"rungs": [], "final": {}, "best": {}}}
+    words = Page(write_report(tmp_path / "whole", gathered).read_text()).words
+    assert "4000 crops trained every student in 80 s" in words
+    assert "stopped early (see below)" not in words
+    assert "come on top" not in words
+    train["stopped"] = {"small": {"why": "halving", "step": 40, "detail": "number 2 of 2"}}
+    train["selection"]["rungs"] = [{"step": 40, "scores": {"small": 0.5}, "kept": []}]
+    gathered["history"]["train"]["unreadable"] = 3
+    words = Page(write_report(tmp_path / "cut", gathered).read_text()).words
+    assert "labelled images alone. small stopped early (see below) and took fewer steps than the control did." in words
+    assert "from the store. Those of the held-out crops, on which students were compared while they trained, come on top." in words
+    assert "3 lines of the journal of training could not be read" in words
+
+
+def test_dollars_in_names_are_dollars(tmp_path: Path, gathered: dict[str, Any]) -> None:
+    """Two of them would begin and end a formula, and `\\` in it is no word of TeX's."""
+    name = r"$\small$"
+    gathered = json.loads(json.dumps(gathered).replace('"small"', json.dumps(name)))
+    gathered["class_names"] = [rf"${number} \off$" for number in range(10)]
+    svgs = write_report(tmp_path, gathered).read_text()
+    assert r"$3 \off$</text>" in svgs
+    assert f"{name}</text>" in svgs
 
 
 def test_both_teachers_of_a_chain_are_in_the_table(tmp_path: Path, gathered: dict[str, Any]) -> None:
@@ -242,6 +269,41 @@ def test_students_of_several_runs_are_compared_on_one_page(tmp_path: Path, gathe
     page = Page(write_comparison(tmp_path / "all" / "students.html", reports).read_text(encoding="utf-8"))
     assert "4 students of 2 runs" in page.words
     assert page.words.index("other/small 100.0%") < page.words.index("example/small")
+
+
+def test_runs_of_one_name_keep_their_students_apart(tmp_path: Path, gathered: dict[str, Any]) -> None:
+    folders = [tmp_path / run / "exp" / "report" for run in ("a", "b")] + [tmp_path / "other" / "report"]
+    for folder in folders:
+        write_report(folder, {**gathered, "run": {**gathered["run"], "run_dir": str(folder.parent)}})
+    reports = [folder / "report.json" for folder in (*folders, folders[0])]  # one is given twice
+    page = Page(write_comparison(tmp_path / "students.html", reports).read_text(encoding="utf-8"))
+    assert "6 students of 3 runs" in page.words
+    for name in ("a/exp/small", "b/exp/small", "other/small"):
+        assert page.words.count(f" {name} ") >= 2, name
+
+
+@pytest.mark.parametrize(
+    ("paths", "tails"),
+    [
+        ([("a", "x"), ("b", "y")], ["x", "y"]),
+        ([("a", "x"), ("b", "x"), ("b", "y")], ["a/x", "b/x", "y"]),
+        ([("r", "a", "x"), ("s", "a", "x"), ("b", "x")], ["r/a/x", "s/a/x", "b/x"]),
+        ([("x",), ("a", "x")], ["x", "a/x"]),
+    ],
+)
+def test_names_are_as_short_as_they_can_be(paths: list[tuple[str, ...]], tails: list[str]) -> None:
+    assert distinct_tails(paths) == tails
+
+
+def test_nothing_but_a_page_of_ours_is_written_over(tmp_path: Path, gathered: dict[str, Any]) -> None:
+    report = write_report(tmp_path / "report", gathered).with_suffix(".json")
+    page = tmp_path / "students.html"
+    assert write_comparison(page, [report]) == write_comparison(page, [report])
+    for there in (report, tmp_path):
+        before = report.read_bytes()
+        with pytest.raises(ConfigError, match="exists and is no page of distill; give another place"):
+            write_comparison(there, [report])
+        assert report.read_bytes() == before
 
 
 def test_a_file_that_is_no_report_is_refused_by_name(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def new_students(*wanted: StudentSettings, seed: int = 0) -> list[Student]:
     for number, settings in enumerate(wanted or TRAIN.students):
         torch.manual_seed(seed + number)
         network = build_classifier(settings.network, 10, Preprocessing(image_size=SIZE), settings.num_head_layers)
-        students.append(Student(settings, network, CPU, global_batch=8))
+        students.append(Student(settings, network, CPU, global_batch=8, seed=0))
     return students
 
 
@@ -162,6 +162,85 @@ def test_a_gradient_that_is_not_finite_stops_the_student(monkeypatch: pytest.Mon
     assert student.network.body.linear.bias.tolist() == [0.0] * 10
 
 
+class WorkerOne(LocalWorker):
+    """The second of two, whose gradients nobody averages."""
+
+    rank = 1
+
+
+class TestDraws:
+    """What dropout draws."""
+
+    def student(self, name: str = "first", seed: int = 0, initial: int = 0) -> Student:
+        torch.manual_seed(initial)
+        body = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * SIZE**2, 16), torch.nn.Dropout(0.5), torch.nn.Linear(16, 10))
+        network = Classifier(body, Preprocessing(image_size=SIZE))
+        return Student(settings_of(name, "adamw"), network, CPU, global_batch=8, seed=seed)
+
+    def trained(self, student: Student, steps: int = 2) -> dict[str, torch.Tensor]:
+        train([student], 0, steps)
+        return everything([student])
+
+    def test_four_steps_are_two_and_a_restart_and_two(self, tmp_path: Path) -> None:
+        whole, begun, resumed = self.student(), self.student(), self.student(initial=99)
+        expected = self.trained(whole, 4)
+        train([begun], 0, 2)
+        save_students(tmp_path / "students", [begun], {"epoch": 0, "step": 2})
+        torch.manual_seed(5)  # as another process
+        restore_students(tmp_path / "students", [resumed])
+        train([resumed], 2, 4)
+        assert_same(everything([resumed]), expected)
+
+    def test_a_student_beside_it_changes_nothing_whether_it_trains_or_is_stopped(self) -> None:
+        alone = self.trained(self.student())
+        for stopped in (False, True):
+            beside, student = self.student("beside"), self.student()
+            for step in range(2):
+                if not (stopped and step):
+                    train([beside], step, step + 1)
+                train([student], step, step + 1)
+            assert_same(everything([student]), alone)
+
+    def test_differ_between_steps_students_seeds_and_workers(self, tmp_path: Path) -> None:
+        def gradient(step: int, student: Student) -> bytes:
+            """Of the same weights on the same batch."""
+            student.step(lesson(0), TRAIN, step, NUM_STEPS)
+            return bytes(student.optimizer.state_dict()["state"][0]["exp_avg"].numpy().tobytes())
+
+        other_worker = self.student()
+        other_worker.join(WorkerOne(tmp_path, device=CPU))
+        found = [gradient(0, self.student()), gradient(1, self.student()), gradient(0, self.student("second"))]
+        found += [gradient(0, self.student(seed=1)), gradient(0, other_worker)]
+        assert len(set(found)) == len(found)
+        assert gradient(0, self.student()) == found[0]
+
+
+def test_tied_weights_are_averaged_once_a_step_and_kept(tmp_path: Path) -> None:
+    def student(seed: int) -> Student:
+        torch.manual_seed(seed)
+        tied = torch.nn.Linear(3 * SIZE**2, 3 * SIZE**2, bias=False)
+        again = torch.nn.Linear(3 * SIZE**2, 3 * SIZE**2, bias=False)
+        again.weight = tied.weight
+        body = torch.nn.Sequential(torch.nn.Flatten(), tied, again, torch.nn.Linear(3 * SIZE**2, 10))
+        wanted = settings_of("first", "sgd").replace(ema_decay=0.9)
+        return Student(wanted, Classifier(body, Preprocessing(image_size=SIZE)), CPU, global_batch=8, seed=0)
+
+    one, resumed = student(0), student(99)
+    seen = []
+    for step in range(2):
+        train([one], step, step + 1)
+        seen.append(one.network.body[1].weight.detach().clone())
+    decay = 2 / 11
+    average = one.judged.state_dict()
+    torch.testing.assert_close(average["body.1.weight"], decay * seen[0] + (1 - decay) * seen[1])
+    save_students(tmp_path / "students", [one], {"epoch": 0, "step": 2})
+    restore_students(tmp_path / "students", [resumed])
+    assert_same(everything([resumed]), everything([one]))
+    assert_same(resumed.judged.state_dict(), average)
+    save_checkpoint(tmp_path / "kept", average, {})
+    assert_same(load_checkpoint(tmp_path / "kept").weights, average)
+
+
 class TestAveragedWeights:
     def test_against_a_slow_loop_in_float64(self) -> None:
         """Weights and batch-norm statistics; the counters are those of the network."""
@@ -237,7 +316,7 @@ class TestCompiled:
     @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # inductor's own use of it
     def test_to_cpp(self, tmp_path: Path) -> None:
         wanted = settings_of("first", "sgd")
-        plain, compiled = (Student(w, mlp(), CPU, global_batch=8) for w in (wanted, wanted.replace(ema_decay=0.9)))
+        plain, compiled = (Student(w, mlp(), CPU, global_batch=8, seed=0) for w in (wanted, wanted.replace(ema_decay=0.9)))
         self.check(plain, compiled, "inductor", tmp_path)
 
     def test_a_backend_that_is_not_there_is_refused(self, tmp_path: Path) -> None:

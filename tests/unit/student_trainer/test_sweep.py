@@ -44,6 +44,7 @@ class TestGrid:
         ("grid", "said"),
         [
             ({"optimizer.learning_rat": [1]}, "sweep.grid on student a: optimizer.learning_rat: unknown key; did you mean 'learning_rate'"),
+            ({"name": ["b", "c"]}, "sweep.grid has values for `name`, but the sweep itself names"),
             ({"ema_decay": [0.5, 1.5]}, "sweep.grid on student a: ema_decay: Input should be less than 1"),
             ({"network.name": ["nothing"]}, "sweep.grid on student a: network: name is 'resnet'"),
             (

@@ -246,6 +246,8 @@ class TestDivergence:
         assert (list(stopped), stopped["wild"]["why"]) == (["wild"], "diverged")
         found, rows = run(job, tmp_path / "both")  # goes on without it
         assert found.manifest["stopped"] == stopped
+        assert [row for row in rows if row["kind"] == "stopped"] == [{"kind": "stopped", "student": "wild", **stopped["wild"]}]
+        assert rows[0]["kind"] == "stopped"  # said again: who watches this process has not heard it
         assert [name for name, tensor in alone.weights.items() if not torch.equal(tensor, found.weights[name])] == []
         (epoch,) = [row for row in rows if row["kind"] == "epoch"]
         assert (list(epoch["loss"]), list(epoch["top1"])) == (["small"], ["small"])
@@ -308,6 +310,7 @@ class TestSelection:
         kept = keep_students(tmp_path / "run" / "checkpoint" / "students", job, tmp_path / "run")
         assert sorted(path.name for path in (tmp_path / "run" / "students").iterdir()) == ["slow", "small", "still"]
         assert len(kept["selection"]["rungs"]) == 1
+        assert kept["steps"] == {"still": 4, "small": 8, "slow": 4}
 
     def test_where_all_stop_early_the_run_is_over(self, job_of: JobOf, tmp_path: Path, teachers: list[FakeTeacher]) -> None:
         stop = {"patience": 1, "min_delta": 1000, "metric": "loss"}
@@ -318,7 +321,7 @@ class TestSelection:
         assert [row["epoch"] for row in rows if row["kind"] == "epoch"] == [1, 2]
         again, rows = run(job, tmp_path / "run")
         assert again.manifest["totals"]["images"] == found.manifest["totals"]["images"] == 40
-        assert rows == []
+        assert [(row["kind"], row["student"]) for row in rows] == [("stopped", name) for name in ("still", "small", "slow")]
 
     def test_the_control_trains_all(self, job_of: JobOf, tmp_path: Path, teachers: list[FakeTeacher]) -> None:
         found, _ = run(self.job(job_of, objective="labels", early_stop={"patience": 1}), tmp_path / "run")
@@ -404,6 +407,39 @@ class TestLabelledBatches:
         loader = self.loader(job_of(), 10)
         self.take(loader, 0, 9)
         assert loader.rejections.num_seen == 20
+
+
+def kept_at(rows: list[Row]) -> list[int]:
+    return [row["step"] for row in rows if row["kind"] == "checkpoint"]
+
+
+@pytest.mark.parametrize(("every", "expected"), [(6, [6, 12]), (8, [8, 12]), (4, [4, 8, 12]), (100, [12])])
+def test_checkpoints_are_counted_over_the_epochs(
+    job_of: JobOf, tmp_path: Path, teachers: list[FakeTeacher], every: int, expected: list[int]
+) -> None:
+    """3 epochs of 4 steps, of which only the last is evaluated."""
+    found, rows = run(job_of(epochs=3, num_evaluations=1, checkpoint_every_steps=every), tmp_path / "run")
+    assert kept_at(rows) == expected
+    assert (found.manifest["epoch"], found.manifest["step"]) == (3, 0)
+
+
+def test_a_rung_at_the_end_of_an_epoch_is_kept(job_of: JobOf, tmp_path: Path, teachers: list[FakeTeacher]) -> None:
+    students = [student_of("one"), student_of("two")]
+    job = job_of(epochs=3, students=students, num_evaluations=1, halving={"eta": 2, "rungs": [1 / 3]}, held_out_images=5)
+    assert kept_at(run(job, tmp_path / "run")[1]) == [4, 12]
+
+
+def test_the_mean_loss_of_an_epoch_is_of_all_its_steps_also_after_a_death(
+    job_of: JobOf, tmp_path: Path, teachers: list[FakeTeacher]
+) -> None:
+    job = job_of(epochs=3, num_evaluations=1, checkpoint_every_steps=6)
+    _, rows = run(job, tmp_path / "whole")
+    with pytest.raises(Killed):
+        run(job, tmp_path / "cut", MortalWorker)
+    _, resumed = run(job, tmp_path / "cut")
+    whole, cut = ([row["loss"] for row in found if row["kind"] == "epoch"] for found in (rows, resumed))
+    assert len(whole) == 1
+    assert cut == whole
 
 
 def test_evaluations_are_spread_evenly_and_the_last_epoch_is_one() -> None:
