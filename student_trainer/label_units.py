@@ -20,7 +20,7 @@ from distill.loader import CropLoader
 from distill.rejections import RejectionLog
 from student_trainer.label_path import LabelPath, LabelRules
 from student_trainer.store import SoftLabelStore
-from student_trainer.store_claims import FAILURES, LEASE_S, Claims
+from student_trainer.store_claims import LEASE_S, Claims
 from student_trainer.store_segments import ROUNDING, readable_rows
 from student_trainer.unanswerable import answerable
 
@@ -73,9 +73,8 @@ class UnitLabeller:
         try:
             if not self._claims.take(view, shard):
                 return UnitDone(0, 0, is_others=True)
-        except FAILURES as error:
-            said = getattr(error, "strerror", None) or error
-            raise StoreError(f"no claim can be written to {self._path.store.folder}: {said}") from error
+        except OSError as error:
+            raise StoreError(f"no claim can be written to {self._path.store.folder}: {error.strerror or error}") from error
         try:
             self._path.store.refresh(view)  # another job may have done it between our look and our claim
             return await self._label(view, shard)

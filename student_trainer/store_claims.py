@@ -30,8 +30,6 @@ logger = logging.getLogger(__name__)
 
 LEASE_S = 60.0
 BEATS_A_LEASE = 6
-FAILURES = (OSError, ValueError, TypeError, NotImplementedError)
-"""What the store's files raise; the last three are those of file systems that put no `OSError` in their place."""
 FOLDER = "claims"
 
 
@@ -102,8 +100,8 @@ class Claims:
         """
         try:
             return self._next_name(view, shard) is not None
-        except FAILURES as error:
-            raise StoreError(f"the claims in {self._files.where} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        except OSError as error:
+            raise StoreError(f"the claims in {self._files.where} cannot be read: {error.strerror or error}") from error
 
     def release(self, view: int, shard: int) -> None:
         """Give a unit back, after what it brought is committed. A claim that cannot be taken away runs out by itself, which is said."""
@@ -114,7 +112,7 @@ class Claims:
             for older in sorted(self._names(view, shard)):
                 if older <= name:
                     self._files.remove(older)
-        except FAILURES as error:
+        except OSError as error:
             logger.warning("the claim %s could not be given back (%s); it is over in %g s", name, error, self._lease_s)
 
     def _next_name(self, view: int, shard: int) -> str | None:
@@ -162,7 +160,7 @@ class Claims:
                 for name in self._held.values():
                     try:
                         self._files.replace(name, self._said(beat))
-                    except FAILURES as error:  # the next beat may get through; if none does, the claim runs out and another does the work
+                    except OSError as error:  # the next beat may get through; if none does, the claim runs out and another does the work
                         logger.warning("the claim %s could not be renewed: %s", name, error)
 
 

@@ -19,7 +19,8 @@ from collections.abc import Iterable
 from itertools import islice
 from threading import Lock
 
-from student_trainer.store_files import MANIFEST_LOG, StoreFiles
+from student_trainer.store_files import StoreFiles
+from student_trainer.store_local_files import MANIFEST_LOG
 from student_trainer.store_segments import Segment
 
 logger = logging.getLogger(__name__)

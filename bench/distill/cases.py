@@ -102,7 +102,7 @@ CASES = {
         Case("large", "resnet50", "mobilenetv3_small_100", 224, 1000, 32, 32, 14, 4, rounds=2, shorter_side=375),
     )
 }
-"""`large` is `photos` enlarged to what ImageNet's files have: decoding costs three times as much there."""
+"""`large` is `photos` enlarged to about the size of ImageNet's files, which costs more decoding."""
 
 
 def quick(case: Case) -> Case:

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import click
 
 from distill import __version__
+from distill.cli import DEFAULT_RUN_FILE
 from distill.cli.comparing import compare
 from distill.cli.importing import ImportGroup
 from distill.cli.keys import keys
@@ -26,8 +27,6 @@ from distill.cli.repository import repository
 from distill.cli.store import store
 from distill.cli.tuning import tune
 from distill.errors import ConfigError, DistillError, Terminated
-
-DEFAULT_RUN_FILE = "recipes/quickstart.yaml"
 
 VERBS: dict[str, tuple[str, tuple[str, ...]]] = {
     "quickstart": ("The whole line: images to edge students, and a report.", ()),
@@ -107,7 +106,7 @@ def _run_verb(verb: str, config: Path, fresh: bool, overrides: tuple[str, ...]) 
 
     file = read_run_file(config, list(overrides))  # first: a wrong word is refused at once, not after seconds of imports
 
-    from distill.cli import quickstart, serving, verbs
+    from distill.cli import quickstart, reporting, serving, verbs
     from distill.cli.run import Run
 
     run = Run(file)
@@ -120,7 +119,7 @@ def _run_verb(verb: str, config: Path, fresh: bool, overrides: tuple[str, ...]) 
         "self-distill": verbs.self_distill,
         "serve": serving.serve,
         "export-student": verbs.export_student,
-        "report": verbs.report,
+        "report": reporting.report,
     }
     asking: dict[str, Callable[[Run, Any], Any]] = {
         "label": verbs.label,

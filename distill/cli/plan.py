@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from distill.cli import DEFAULT_RUN_FILE
+
 if TYPE_CHECKING:
     from distill.cli.plan_report import CapacityPlan
     from distill.cli.run import Run
     from student_trainer.capacity import StageRates, Work
 
-DEFAULT_RUN_FILE = "recipes/quickstart.yaml"
 PLAN_FILE = "plan.json"
 
 RATE = click.FloatRange(min=0, min_open=True)

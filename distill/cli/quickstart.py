@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 from rich.table import Table
 
-from distill.cli import verbs
+from distill.cli import reporting, verbs
 from distill.cli.run import Run
 from distill.cli.verbs import served_teacher
 from distill.cluster.session import ray_session
@@ -39,8 +39,8 @@ def quickstart(run: Run) -> None:
             for stage in (run.train, run.evaluate):
                 console.print(f"[bold]{stage.name}[/bold]: done before with these settings, reused ({stage.folder})")
     verbs.export_student(run)
-    made = verbs.report(run)
-    console.print(result_table(verbs.gather(run)))
+    made = reporting.report(run)
+    console.print(result_table(reporting.gather(run)))
     console.print(f"done in {duration(time.monotonic() - started)}; report: {Path(made['html']).absolute()}")
 
 

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from distill.cli import DEFAULT_RUN_FILE
+
 if TYPE_CHECKING:
     from distill.cli.run_file import RunFile
     from export.settings import RepositorySettings
 
 Command = Callable[..., None]
-DEFAULT_RUN_FILE = "recipes/quickstart.yaml"
 _PATH = click.Path(path_type=Path)
 
 

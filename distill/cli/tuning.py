@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from distill.cli import DEFAULT_RUN_FILE
+
 if TYPE_CHECKING:
     from distill.teacher_info import TeacherInfo
     from export.settings import RepositorySettings, TeacherExportSettings
     from teacher_server.settings import ServerSettings
     from teacher_server.tuning import Candidate, Measured
 
-DEFAULT_RUN_FILE = "recipes/quickstart.yaml"
 LARGEST_QUEUE = 4096
 LONGEST_P99_MS = 600_000.0
 LONGEST_MINUTES = 1440.0

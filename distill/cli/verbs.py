@@ -370,39 +370,6 @@ def _test_crops(run: Run) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]
     return np.concatenate([b.crops_VBHWC[0] for b in batches]), np.concatenate([b.labels_B for b in batches])
 
 
-def report(run: Run) -> Result:
-    """The report of what is there: HTML with plots and JSON beside it. Always made anew."""
-    from student_trainer.report import write_report
-
-    path = write_report(run.folder / "report", gather(run))
-    console.print(f"[bold]report[/bold]: {path}")
-    return {"html": str(path), "json": str(path.with_suffix(".json"))}
-
-
-def gather(run: Run) -> dict[str, Any]:
-    """Everything that the report shows: settings, and the results of the stages that are finished."""
-    import json
-
-    from student_trainer.history import read_history
-
-    stages = [*run.teachers, run.train, run.evaluate, run.edge]
-    if run.file.train.control:
-        stages.append(run.control)
-    run.evaluate.require()
-    pretrained = None if run.file.import_ else run.pretrain.result()
-    rejected = run.folder / "rejected.jsonl"
-    lines = rejected.read_text(encoding="utf-8").splitlines() if rejected.exists() else []
-    return {
-        "run": json.loads(run.file.model_dump_json(by_alias=True)),
-        "class_names": list(run.class_names),
-        "stages": {stage.name: stage.result() for stage in stages},
-        "teacher": run.teacher.name,
-        "pretrain_curve": pretrained["curve"] if pretrained else [],
-        "history": {stage.name: read_history(stage.folder / "metrics.jsonl") for stage in stages if stage in (run.train, run.control)},
-        "rejected": [json.loads(line) for line in lines],
-    }
-
-
 def forget(run: Run, verb: str) -> None:
     """Move aside what a verb made, so that it is made afresh; `quickstart` means every stage. The label store stays."""
     made = {"self-distill": ("self-distill", "export-self-distilled"), "quickstart": run.STAGES}

@@ -1,7 +1,7 @@
-"""kill -9 again and again, of the driver, of the training worker and of Triton, at random moments of one run; see docs/operations.md.
+"""kill -9 again and again, of the driver, of the training worker and of Triton, at random moments of one run.
 
 The run must end where the undisturbed one ends: every label once, every batch trained on once, the same weights to the last bit.
-`DISTILL_KILLS` says how many kills (30 for the numbers in the documentation), `DISTILL_OUTAGE_S` for how long Triton stays away once.
+`DISTILL_KILLS` says how many kills (docs/training.md says what was run), `DISTILL_OUTAGE_S` for how long Triton stays away once.
 """
 
 from __future__ import annotations

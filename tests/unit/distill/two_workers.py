@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from distill.cluster.ddp import sync_batch_norm, wrap
-from distill.cluster.forked import ForkedWorker, run_forked
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the folder of the tests
+from forked_workers import ForkedWorker, run_forked
 
 WORLD = 2
 

@@ -24,7 +24,8 @@ from distill.soft_labels import encode
 from student_trainer.store import Segment, SoftLabelStore, StoreIdentity
 from student_trainer.store_cache import SegmentCache
 from student_trainer.store_compact import compact
-from student_trainer.store_files import RemoteFiles, open_files
+from student_trainer.store_files import open_files
+from student_trainer.store_remote_files import RemoteFiles
 from student_trainer.store_verify import verify
 
 MAX_TV = 0.02
@@ -370,3 +371,27 @@ def test_a_copy_of_an_entry_that_somebody_made_by_hand_has_no_number(identity: S
     store.files.replace("manifest/view-00000/shard-000000.copy.json", store.files.read(entry))
     put(reopened(store), [2])
     assert held(store) == {(0, 0, 1): 1, (0, 0, 2): 1}
+
+
+@pytest.mark.parametrize("fault", [ValueError("an odd answer"), TypeError("an odd answer"), NotImplementedError("an odd answer")])
+def test_whatever_a_file_system_raises_is_an_os_error(monkeypatch: pytest.MonkeyPatch, fault: Exception) -> None:
+    """Claims, manifest and segments put up with an `OSError`; nothing else may come out of the files."""
+    files = open_files(f"memory://{uuid.uuid4().hex}/labels")
+    files.put("view-00000/one", b"1")
+
+    def fail(*_: object, **__: object) -> None:
+        raise fault
+
+    for method in ("cat_file", "cat", "pipe_file", "rm_file", "find", "info"):
+        monkeypatch.setattr(MemoryFileSystem, method, fail)
+    for ask in (
+        lambda: files.read("view-00000/one"),
+        lambda: files.read_many(["view-00000/one"]),
+        lambda: files.put("view-00000/two", b"2"),
+        lambda: files.replace("view-00000/two", b"2"),
+        lambda: files.remove("view-00000/one"),
+        lambda: files.names("view-00000"),
+        lambda: files.sizes(["view-00000/one"]),
+    ):
+        with pytest.raises(OSError, match="an odd answer"):
+            ask()

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from distill.cluster import stopping
-from distill.cluster.forked import ForkedWorker, run_forked
 from student_trainer import lessons
 from student_trainer.worker import train_worker
 from teacher_server.fake import FakeTeacher
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the folder of the tests
+from forked_workers import ForkedWorker, run_forked
 
 
 def work(job: dict[str, Any], worker: ForkedWorker) -> None:

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import torch
 
-from distill.cluster.forked import ForkedWorker, run_forked
 from distill.image_sets import open_labelled_subset
 from distill.models.saved_classifier import ClassifierCard
 from distill.rejections import RejectionLog
 from teacher_trainer.finetune import FinetuneJob, network_of
 from teacher_trainer.supervised import train_supervised
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the folder of the tests
+from forked_workers import ForkedWorker, run_forked
 
 
 def work(worker: ForkedWorker) -> None:

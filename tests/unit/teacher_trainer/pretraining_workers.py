@@ -21,13 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from distill.cluster.ddp import sync_batch_norm, wrap
-from distill.cluster.forked import ForkedWorker, run_forked
 from distill.loader import CropBatch
 from distill.models.projection_head import unit_length
 from teacher_trainer import pretrain
 from teacher_trainer.contrastive import BatchParts
 from teacher_trainer.contrastive_step import ContrastiveStep, Views
 from teacher_trainer.settings import PretrainSettings
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the folder of the tests
+from forked_workers import ForkedWorker, run_forked
 
 IMAGES = 7  # 4 and 3: what a rejected image leaves of a batch of 8
 
