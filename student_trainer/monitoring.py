@@ -27,7 +27,8 @@ def open_sinks(settings: MonitorSettings, folder: Path, title: str) -> Iterator[
     with ExitStack() as opened:
         sinks: list[RowSink] = []
         if settings.prometheus_port is not None:
-            server = MetricsServer(RunMetrics(folder.absolute().parent.name, title), settings.prometheus_port)
+            metrics = RunMetrics(folder.absolute().parent.name, title)
+            server = MetricsServer(metrics, settings.prometheus_port, settings.prometheus_host)
             opened.callback(server.close, failed=True)
             console.print(f"  metrics for Prometheus: {server.url}")
             sinks.append(server)

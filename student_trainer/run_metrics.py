@@ -1,4 +1,4 @@
-"""What a run tells Prometheus: `/metrics` of the process that drives it, on loopback, while students are trained.
+"""What a run tells Prometheus: `/metrics` of the process that drives it, while students are trained.
 
 Flow: rows of the training loop -> `RunMetrics` keeps the last of each kind and counts -> Prometheus asks now and then. The loop's totals
 go back where it goes on from a checkpoint, and Prometheus would take that for a counter which began anew and has come so far since. So
@@ -24,9 +24,9 @@ from distill.errors import ServerStartError
 from student_trainer.totals import of_each_student
 from student_trainer.waits import Waits
 
-HOST = "127.0.0.1"
-REJECTED, FAILURES_OF = "rejected", "failures of "
-"""Names of counters beside those of `student_trainer.totals`."""
+LOOPBACK = "127.0.0.1"
+SEEN, REJECTED, STORE_ERRORS, FAILURES_OF = "seen", "rejected", "store_errors", "failures of "
+"""Names of counters beside those of `student_trainer.totals`; the first three are keys of the row as well."""
 
 
 class Rises:
@@ -62,7 +62,8 @@ class RunMetrics(Collector):
         self._last: dict[str, Row] = {}
         """Kind -> the last row of it."""
         self._top1: dict[str, float] = {}
-        self._stopped: set[str] = set()
+        self._stopped: dict[str, str] = {}
+        """Student -> why it is trained no more."""
         self._rises = Rises()
 
     def show(self, row: Row) -> None:
@@ -71,7 +72,7 @@ class RunMetrics(Collector):
             self._last[row["kind"]] = row
             self._top1 |= row.get("top1", {})
             if row["kind"] == "stopped":
-                self._stopped.add(row["student"])
+                self._stopped[row["student"]] = row["why"]
             if row["kind"] == "step":
                 self._last.pop("silence", None)  # it answers again
                 self._count(row)
@@ -82,7 +83,7 @@ class RunMetrics(Collector):
     def collect(self) -> Iterator[Metric]:
         """The metrics as they are now."""
         with self._lock:
-            last, top1, stopped = dict(self._last), dict(self._top1), set(self._stopped)
+            last, top1, stopped = dict(self._last), dict(self._top1), dict(self._stopped)
             counted = dict(self._rises.counted)
         yield InfoMetricFamily("distill_run", "The run and the stage that is being trained", value=self._info)
         if (step := last.get("step")) is not None and "totals" in step:
@@ -98,8 +99,8 @@ class RunMetrics(Collector):
 
     def _count(self, row: Row) -> None:
         self._rises.take(row.get("totals", {}))
-        # These two the workers count from their start, which is not before this process looks.
-        self._rises.take({REJECTED: row.get("rejected", 0)}, first=0.0)
+        # These the workers count from their start, which is not before this process looks.
+        self._rises.take({name: row[name] for name in (SEEN, REJECTED, STORE_ERRORS) if name in row}, first=0.0)
         self._rises.take({FAILURES_OF + m["url"]: m["failures"] for m in _members(row)}, first=0.0)
 
 
@@ -109,7 +110,17 @@ def _of_step(row: Row, totals: dict[str, float]) -> Iterator[Metric]:
     yield _counter("distill_labels", "Soft labels by where they came from", "source", labels.items())
     waits = {name: totals[name] for name in Waits.model_fields}
     yield _counter("distill_waits_seconds", "Time of the training loop by what it went to: training, or waiting", "for", waits.items())
-    yield CounterMetricFamily("distill_rejected_images", "Images that could not be used", value=totals[REJECTED])
+    yield CounterMetricFamily("distill_rejected_images", "Images that could not be used", value=totals.get(REJECTED, 0.0))
+    if SEEN in totals:
+        yield CounterMetricFamily(
+            "distill_seen_images", "Images tried, each once, those that could not be used among them", value=totals[SEEN]
+        )
+    if "rejected_limit" in row:
+        text = "Largest share of the images tried that may be unusable; the run stops above it"
+        yield GaugeMetricFamily("distill_rejected_limit_ratio", text, value=row["rejected_limit"])
+    if STORE_ERRORS in totals:
+        text = "Files of the label store found damaged or gone; their labels are asked for again"
+        yield CounterMetricFamily("distill_store_errors", text, value=totals[STORE_ERRORS])
     yield GaugeMetricFamily("distill_step", "Steps done", value=row["step"])
     yield GaugeMetricFamily("distill_steps", "Steps in all", value=row["of"])
     yield GaugeMetricFamily("distill_epoch", "Passes over the images that are done", value=row["epoch"])
@@ -118,7 +129,7 @@ def _of_step(row: Row, totals: dict[str, float]) -> Iterator[Metric]:
     yield GaugeMetricFamily("distill_last_step_timestamp_seconds", text, value=row["time"])
 
 
-def _of_students(row: Row, totals: dict[str, float], top1: dict[str, float], stopped: set[str]) -> Iterator[Metric]:
+def _of_students(row: Row, totals: dict[str, float], top1: dict[str, float], stopped: dict[str, str]) -> Iterator[Metric]:
     yield _gauge("distill_student_loss", "Loss of the last batch, in nats", "student", row["losses"].items())
     text = "Share of crops on which student and teacher have the same largest logit, over about the last 20 steps"
     yield _gauge("distill_student_agreement_ratio", text, "student", row["agreement"].items())
@@ -126,6 +137,10 @@ def _of_students(row: Row, totals: dict[str, float], top1: dict[str, float], sto
     yield _gauge("distill_student_top1_ratio", "Share of test images that are right, at the last evaluation", "student", top1.items())
     flags = {student: float(student in stopped) for student in (*row["losses"], *stopped)}
     yield _gauge("distill_student_stopped", "1 for a student that is trained no more", "student", flags.items())
+    diverged = {student: float(stopped.get(student) == "diverged") for student in flags}
+    yield _gauge(
+        "distill_student_diverged", "1 for a student that was stopped because its numbers were not finite", "student", diverged.items()
+    )
     each = of_each_student(totals)
     seconds = {student: counts["seconds"] for student, counts in each.items()}
     yield _counter("distill_student_step_seconds", "Time that the steps of a student took", "student", seconds.items())
@@ -171,32 +186,35 @@ def _counter(name: str, text: str, label: str, values: Iterable[tuple[str, float
 
 
 class MetricsServer:
-    """`/metrics` of one `RunMetrics` on loopback, until `close`; a `RowSink` itself.
+    """`/metrics` of one `RunMetrics`, until `close`; a `RowSink` itself.
 
     Args:
         port: 0 takes any free one.
+        host: the address it listens on. Nobody is asked for a key: beyond loopback, who reaches the port reads names of runs and students.
 
     Raises:
-        ServerStartError: the port is taken.
+        ServerStartError: the port is taken, or the address is not one of this machine.
     """
 
-    def __init__(self, metrics: RunMetrics, port: int) -> None:
+    def __init__(self, metrics: RunMetrics, port: int, host: str = LOOPBACK) -> None:
         self.metrics = metrics
+        self._host = host
         registry = CollectorRegistry()
         registry.register(metrics)
         try:
             self._server: WSGIServer
-            self._server, self._thread = start_http_server(port, HOST, registry)
+            self._server, self._thread = start_http_server(port, host, registry)
         except OSError as error:
             raise ServerStartError(
-                f"monitor.prometheus_port={port} cannot be used: {error}; give another, or 0 for any free one"
+                f"monitor.prometheus_port={port} cannot be used on {host}: {error}; give another, or 0 for any free one"
             ) from error
         self.port: int = self._server.server_port
 
     @property
     def url(self) -> str:
         """Where Prometheus looks."""
-        return f"http://{HOST}:{self.port}/metrics"
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        return f"http://{host}:{self.port}/metrics"
 
     def show(self, row: Row) -> None:
         """See `RunMetrics`."""

@@ -49,6 +49,7 @@ class StepRows:
         active = [student for student in self._students if not student.stopped]
         images, seconds = self._stream.loader.settings.global_batch, now.time - before.time
         waits = now.waits.since(before.waits) if seconds > 0 else now.waits
+        rejections = self._stream.loader.rejections
         losses = {student.settings.name: _finite(student.loss) for student in active}
         agreement = {s.settings.name: value for s in active if (value := s.agreement.value()) is not None}
         return {
@@ -66,7 +67,10 @@ class StepRows:
             "waits_recent": waits.model_dump(),
             "bottleneck": waits.bottleneck(),
             "totals": self._totals.estimate(self._num_workers),
-            "rejected": self._stream.loader.rejections.num_rejected,
+            "seen": rejections.num_seen,
+            "rejected": rejections.num_rejected,
+            "rejected_limit": rejections.max_share,
+            **self._store(),
             **self._pool(),
             "note": self._note(losses, agreement, waits),
         }
@@ -78,6 +82,10 @@ class StepRows:
         if agreement:
             said.append("agreement " + " to ".join(dict.fromkeys(f"{share(agreement.values()):.0%}" for share in (min, max))))
         return ", ".join(said)
+
+    def _store(self) -> Row:
+        """What is wrong with the label store, if there is one."""
+        return {"store_errors": self._stream.path.store.num_damaged} if isinstance(self._stream, LabelledStream) else {}
 
     def _pool(self) -> Row:
         """The teachers, if there are several (`teacher_server.pool`)."""

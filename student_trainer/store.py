@@ -92,6 +92,8 @@ class SoftLabelStore:
         self.folder: Path | str = where
         self.identity = identity
         self.manifest = Manifest(self.files)
+        self.num_damaged = 0
+        """Segments that were found damaged or gone, which is said in the log each time."""
         self._cache = None if self.files.is_local else cache
         self._check_identity()
         self.refresh()
@@ -181,6 +183,7 @@ class SoftLabelStore:
             reason = "the file is gone"
         except OSError as error:
             raise StoreError(f"label segment {path} cannot be read: {_said(error)}") from error
+        self.num_damaged += 1
         logger.warning("label segment %s: %s; it is left out and its labels are asked for again", path, reason)
         self.manifest.drop(segment)
         return None

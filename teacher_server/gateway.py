@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from functools import partial
 from typing import Annotated, Any
 
@@ -45,6 +45,7 @@ from teacher_server.readiness import Readiness
 from teacher_server.schemas import Health, ModelCard, ModelList, SoftLabelsAnswer, SoftLabelsQuery
 from teacher_server.security import guard, seal
 from teacher_server.settings import ServerSettings
+from teacher_server.tracing import NoTracing, open_tracing, trace_requests
 
 Parity = Mapping[str, dict[str, Any]]
 
@@ -58,6 +59,7 @@ def create_app(
     parity: Parity | None = None,
     access: Access | None = None,
     hosts: frozenset[str] | None = None,
+    tracing: NoTracing | None = None,
 ) -> FastAPI:
     """The gateway before one teacher, which it closes at its end.
 
@@ -67,17 +69,19 @@ def create_app(
         parity: fingerprint -> what the parity gate measured of that teacher when it was exported, for its model card.
         access: who may ask; by default what the settings and the environment say.
         hosts: the only names that a request may be sent to; None takes any (see `security.own_hosts`).
+        tracing: closed at the end as well; by default what the settings say.
 
     Raises:
-        ConfigError: API keys are wanted and there are none.
+        ConfigError: API keys are wanted and there are none; traces are wanted and OpenTelemetry is not installed.
     """
-    service = _Service(teacher, settings, parity or {})
+    service = _Service(teacher, settings, parity or {}, tracing or open_tracing(settings.tracing))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         service.pool.close()
         await teacher.close()
+        await asyncio.to_thread(service.tracing.close)
 
     app = FastAPI(
         title="distill teacher",
@@ -97,6 +101,7 @@ def create_app(
     add_page(app)
     guard(app, access or Access(settings), hosts)
     count_requests(app, service.metrics, service.live, LABELS_PATH)
+    trace_requests(app, service.tracing, LABELS_PATH)
     seal(app, settings.max_body_bytes)
     return app
 
@@ -104,8 +109,9 @@ def create_app(
 class _Service:
     """What the routes share."""
 
-    def __init__(self, teacher: TeacherBackend, settings: ServerSettings, parity: Parity) -> None:
+    def __init__(self, teacher: TeacherBackend, settings: ServerSettings, parity: Parity, tracing: NoTracing) -> None:
         self.teacher = teacher
+        self.tracing = tracing
         self.settings = settings
         self.parity = parity
         self.queue = FairQueue(settings.max_images_in_flight, settings.max_queued_images_per_tenant, settings.max_queued_images)
@@ -169,7 +175,7 @@ class _Service:
             info = await self.model(query.model)
             check_query(query, info)
             if intake is None or cut_for != info.preprocessing:
-                with self.metrics.decode.time():
+                with self.metrics.decode.time(), self.tracing.span("decode"):
                     intake = await self._crops(sent, query, info, tenant)
                 cut_for = info.preprocessing
             try:
@@ -187,10 +193,12 @@ class _Service:
 
     async def _ask_in_turn(self, info: TeacherInfo, intake: Intake, query: SoftLabelsQuery, tenant: TenantUsage) -> Floats:
         temperature = query.temperature or info.default_temperature
-        came = time.perf_counter()
-        async with self.queue.turn(tenant.name, tenant.quota.weight, len(intake.crops_GHWC)):
+        came, num_images = time.perf_counter(), len(intake.crops_GHWC)
+        async with AsyncExitStack() as turn:
+            with self.tracing.span("queue"):
+                await turn.enter_async_context(self.queue.turn(tenant.name, tenant.quota.weight, num_images))
             self.metrics.wait.observe(time.perf_counter() - came)
-            with self.metrics.teacher.time(), teachers_fault():
+            with self.tracing.span("teacher", "client", {"distill.images": num_images}), self.metrics.teacher.time(), teachers_fault():
                 return await ask_teacher(self.teacher, query, temperature, intake.crops_GHWC, info.fingerprint)
 
     def _count(self, tenant: TenantUsage, num_labelled: int, num_rejected: int) -> None:

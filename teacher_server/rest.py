@@ -38,6 +38,7 @@ from teacher_server.backend import Crops, Floats, check_temperature, parse_info
 from teacher_server.file_labels import FileRefused, FileResult, parts_of, read_files, results_of
 from teacher_server.rest_failures import RestRefused, raise_failure, translated
 from teacher_server.retries import Patience, PatientTeacher, RetryPolicy, all_or_none
+from teacher_server.trace_context import trace_arguments
 
 MESSAGE_BYTES = 4_900_000
 """32 crops of 224 pixels: the body of a request, unless the gateway says that it is too large. Far below server.max_body_bytes."""
@@ -216,7 +217,7 @@ class RestTeacher(PatientTeacher):
 
     async def _post(self, params: dict[str, str], num_images: int, info: TeacherInfo, **body: Any) -> SoftLabelsMessage:
         """One request for labels, asked again where that can help. Raises TeacherChanged for an answer of another teacher than `info`."""
-        body["headers"] = {"Accept": SOFT_LABELS_MEDIA_TYPE, **body.get("headers", {})}
+        body["headers"] = {"Accept": SOFT_LABELS_MEDIA_TYPE, **body.get("headers", {}), **trace_arguments().get("headers", {})}
         if self.model is not None:
             params = {**params, "model": self.model}
         async with self._slots:  # also while it waits: a server in trouble is not asked more at once than one in health

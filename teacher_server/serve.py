@@ -22,6 +22,7 @@ from typing import Any, Literal, Self
 import uvicorn
 
 from distill.errors import DistillError, ServerStartError, TeacherUnavailable
+from distill.teacher_info import TeacherInfo
 from teacher_server.address import TeacherAddress, open_teacher
 from teacher_server.backend import TeacherBackend
 from teacher_server.settings import ServerSettings
@@ -30,6 +31,7 @@ from teacher_server.triton_home import TritonHome, find_triton, triton_home, tri
 
 _START_TIMEOUT_S = 30.0
 _STOP_TIMEOUT_S = 10
+_PAUSE_BEFORE_FIRST_LABEL_S = 2.0
 
 # Its warnings are one line for each malformed request: a stranger could fill the disk with that. The client is told what is wrong.
 logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
@@ -101,32 +103,40 @@ def why_no_triton(settings: ServerSettings) -> str | None:
     return None if find_triton(home) else f"Triton is not installed in {home}; `distill install-triton` does that"
 
 
+def teacher_elsewhere(settings: ServerSettings, name: str, fingerprint: str | None = None) -> ServedTeacher:
+    """The teacher at `triton.url` or `pool.urls`, which may not answer yet: nobody is asked anything here."""
+    timeout_s = settings.triton.request_timeout_s
+    if settings.pool.urls:
+        address = TeacherAddress(model=name, pool=settings.pool, fingerprint=fingerprint, request_timeout_s=timeout_s)
+        # The gateway follows when all of them are changed over to another version.
+        return ServedTeacher("pool", address, lambda: _for_gateway(address.replace(fingerprint=None), settings))
+    address = TeacherAddress(model=name, triton_url=settings.triton.url, request_timeout_s=timeout_s)
+    return ServedTeacher("triton", address, lambda: _for_gateway(address, settings))
+
+
 def _remote(settings: ServerSettings, url: str, name: str) -> ServedTeacher:
-    address = TeacherAddress(model=name, triton_url=url, request_timeout_s=settings.triton.request_timeout_s)
     from teacher_server.triton_process import canary_label  # brings tritonclient, which an embedded teacher does without
 
     try:
         canary_label(url, name)
     except DistillError as error:
         raise ServerStartError(f"the Triton of server.triton.url gives no label: {error}") from error
-    return ServedTeacher("triton", address, lambda: _for_gateway(address, settings))
+    return teacher_elsewhere(settings, name)
 
 
 def _pool(settings: ServerSettings, name: str, fingerprint: str | None) -> ServedTeacher:
-    timeout_s = settings.triton.request_timeout_s
-    address = TeacherAddress(model=name, pool=settings.pool, fingerprint=fingerprint, request_timeout_s=timeout_s)
+    served = teacher_elsewhere(settings, name, fingerprint)
     try:
-        asyncio.run(_first_answer(address))
+        asyncio.run(_first_answer(served.address))
     except TeacherUnavailable as error:
         raise ServerStartError(f"no teacher of server.pool.urls gives a label: {error}") from error
-    # The gateway follows when all of them are changed over to another version.
-    return ServedTeacher("pool", address, lambda: _for_gateway(address.replace(fingerprint=None), settings))
+    return served
 
 
-async def _first_answer(address: TeacherAddress) -> None:
+async def _first_answer(address: TeacherAddress) -> TeacherInfo:
     teacher = open_teacher(address)
     try:
-        await teacher.info()  # a member of a pool is in when a label came out of it
+        return await teacher.info()  # a member of a pool is in when a label came out of it
     finally:
         await teacher.close()
 
@@ -159,6 +169,47 @@ def _embedded(settings: ServerSettings, repository: Path, name: str, reason: str
         yield ServedTeacher("embedded", address, lambda: EmbeddedTeacher(engine, owns_engine=False), reason)
     finally:
         engine.close()
+
+
+class FirstLabel:
+    """Asks a teacher for a label until one comes, in a thread of its own, and says how it goes. It lasts as long as its block.
+
+    For a gateway that was started before its teacher: whoever reads its log sees what is missing, and when it came.
+    """
+
+    def __init__(self, address: TeacherAddress, say: Callable[[str], None]) -> None:
+        self._address = address
+        self._say = say
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._wait, name="first label", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stopped.set()
+
+    def _wait(self) -> None:
+        said = ""
+        while not self._stopped.is_set():
+            try:
+                info = self._ask()
+            except DistillError as error:
+                if str(error) != said:
+                    said = str(error)
+                    self._say(f"waiting for the teacher: {said}")
+                self._stopped.wait(_PAUSE_BEFORE_FIRST_LABEL_S)
+                continue
+            self._say(f"ready: a label came out of {info.name}, version {info.version}, fingerprint {info.fingerprint[:12]}")
+            return
+
+    def _ask(self) -> TeacherInfo:
+        from teacher_server.triton_process import canary_label
+
+        if self._address.triton_url is not None:
+            return canary_label(self._address.triton_url, self._address.model)
+        return asyncio.run(_first_answer(self._address))
 
 
 class Gateway:

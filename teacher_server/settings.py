@@ -45,6 +45,15 @@ class PoolSettings(Section):
         return urls
 
 
+class TracingSettings(Section):
+    """Traces of requests for labels, from the gateway through its queue to Triton, for an OpenTelemetry collector."""
+
+    endpoint: str | None = Field(default=None, pattern=r"^https?://")
+    """Where the collector takes OTLP over HTTP, such as http://127.0.0.1:4318/v1/traces. None: no traces. Needs the extra `tracing`."""
+    sampled_share: float = Field(default=1.0, ge=0, le=1)
+    """Share of the requests that are traced; one that comes with a `traceparent` is traced if its sender traces it."""
+
+
 class TenantQuota(Section):
     """How much one tenant, one user of the gateway, may ask for. Over it the answer is 429 with Retry-After."""
 
@@ -87,6 +96,8 @@ class ServerSettings(Section):
     $DISTILL_API_KEYS."""
     quota: TenantQuota = TenantQuota()
     """Quota of every tenant, but for what the file of keys says of it; and of everybody together with auth `none`."""
+    tracing: TracingSettings = TracingSettings()
+    """Traces of requests, for an OpenTelemetry collector."""
     max_images_in_flight: int = Field(default=256, ge=1)
     """Images that the teacher is asked for at once; more wait in the queue. A few of its batches keep it busy."""
     max_queued_images: int = Field(default=4096, ge=1)

@@ -23,6 +23,7 @@ from distill.teacher_info import METADATA_KEY, TeacherInfo
 from distill.wire import IMAGES, TEMPERATURE
 from teacher_server.backend import CheckedTeacher, Crops, Floats, parse_info
 from teacher_server.retries import all_or_none
+from teacher_server.trace_context import trace_arguments
 
 MESSAGE_BYTES = 1_200_000
 """gRPC costs a third of the client CPU per image in messages of this size, compared with messages of 5 MB (measured)."""
@@ -34,6 +35,8 @@ _LOOK_TIMEOUT_S = 1.0
 _CHANNEL = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
+    # A name that leads to several Tritons (a headless Service of Kubernetes) is all of them in turn, not the first of them for ever.
+    ("grpc.lb_policy_name", "round_robin"),
     # The default backs off up to two minutes: a teacher that is back must be found at once.
     ("grpc.initial_reconnect_backoff_ms", 100),
     # No wait, but the time that one attempt may take: a server too busy to shake hands within it would never be reached again.
@@ -126,7 +129,12 @@ class TritonTeacher(CheckedTeacher):
         async with self._slots:
             try:
                 result = await self._connected().infer(
-                    self.model, inputs, model_version=str(version), outputs=outputs, client_timeout=self._timeout_s
+                    self.model,
+                    inputs,
+                    model_version=str(version),
+                    outputs=outputs,
+                    client_timeout=self._timeout_s,
+                    **trace_arguments(),
                 )
             except InferenceServerException as error:
                 self._translate(error)

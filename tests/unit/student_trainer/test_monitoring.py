@@ -161,8 +161,8 @@ def test_where_the_work_never_begins_nobody_keeps_the_port(job: TrainJob, tmp_pa
     """No cluster answers at that address, so no watch ever closes the endpoint."""
     opened: list[MetricsServer] = []
 
-    def note(self: MetricsServer, metrics: RunMetrics, port: int) -> None:
-        begin(self, metrics, port)
+    def note(self: MetricsServer, metrics: RunMetrics, port: int, host: str) -> None:
+        begin(self, metrics, port, host)
         opened.append(self)
 
     begin = MetricsServer.__init__

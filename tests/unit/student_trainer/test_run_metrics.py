@@ -22,9 +22,9 @@ STEP = {
         "images": 400.0, "asked": 300.0, "from_store": 100.0, "seconds": 9.0, "decode": 1.0, "store": 0.5, "teacher": 2.5, "student": 5.0,
         "images of small": 400.0, "seconds of small": 3.5,
     },
-    "rejected": 2,
+    "seen": 200, "rejected": 2, "rejected_limit": 0.01, "store_errors": 1,
 }  # fmt: skip
-FIRST = {**STEP, "step": 0, "totals": dict.fromkeys(STEP["totals"], 0.0), "rejected": 0}
+FIRST = {**STEP, "step": 0, "totals": dict.fromkeys(STEP["totals"], 0.0), "seen": 0, "rejected": 0, "store_errors": 0}
 """What this process sees first; what was done before it is not counted."""
 
 
@@ -61,7 +61,10 @@ def test_all_that_rows_say_is_there(server: MetricsServer) -> None:
         ("distill_waits_seconds_total", "store"): 0.5,
         ("distill_waits_seconds_total", "teacher"): 2.5,
         ("distill_waits_seconds_total", "student"): 5,
+        ("distill_seen_images_total", ""): 200,
         ("distill_rejected_images_total", ""): 2,
+        ("distill_rejected_limit_ratio", ""): 0.01,
+        ("distill_store_errors_total", ""): 1,
         ("distill_step", ""): 40,
         ("distill_steps", ""): 100,
         ("distill_epoch", ""): 1,
@@ -73,6 +76,8 @@ def test_all_that_rows_say_is_there(server: MetricsServer) -> None:
         ("distill_student_top1_ratio", "small"): 0.8,
         ("distill_student_stopped", "small"): 0,
         ("distill_student_stopped", "big"): 0,
+        ("distill_student_diverged", "small"): 0,
+        ("distill_student_diverged", "big"): 0,
         ("distill_student_step_seconds_total", "small"): 3.5,
         ("distill_teacher_up", "a:8001"): 1,
         ("distill_teacher_up", "b:8001"): 0,
@@ -108,7 +113,7 @@ def test_counters_do_not_fall_where_a_run_goes_on_from_a_checkpoint() -> None:
 def test_a_process_that_resumes_counts_from_what_it_finds() -> None:
     """Prometheus takes a fall for a new beginning at 0 and adds what stands there: that must be nothing."""
     metrics = RunMetrics("x", "distill")
-    metrics.show({**STEP, "rejected": 0})
+    metrics.show({**STEP, "seen": 0, "rejected": 0, "store_errors": 0})
     assert set(counters(metrics).values()) == {0}
 
 
@@ -126,19 +131,36 @@ def test_silence_lasts_until_the_next_step(server: MetricsServer) -> None:
     assert scrape(server)["distill_teacher_silent_seconds", ""] == 0
 
 
-def test_a_stopped_student_is_marked(server: MetricsServer) -> None:
+def test_a_stopped_student_is_marked_and_one_that_diverged_by_name(server: MetricsServer) -> None:
     server.show(STEP)
     server.show({"kind": "stopped", "time": 1001.0, "student": "big", "why": "diverged", "detail": "no number", "step": 30})
-    assert scrape(server)["distill_student_stopped", "big"] == 1
+    server.show({"kind": "stopped", "time": 1001.0, "student": "small", "why": "halving", "detail": "third of three", "step": 30})
+    found = scrape(server)
+    assert (found["distill_student_stopped", "big"], found["distill_student_diverged", "big"]) == (1, 1)
+    assert (found["distill_student_stopped", "small"], found["distill_student_diverged", "small"]) == (1, 0)
+
+
+def test_a_control_without_a_store_says_nothing_of_one(server: MetricsServer) -> None:
+    server.show({name: value for name, value in STEP.items() if name != "store_errors"})
+    assert "distill_store_errors_total" not in {name for name, _ in scrape(server)}
 
 
 def test_it_listens_on_loopback_only_and_frees_its_port() -> None:
     server = MetricsServer(RunMetrics("x", "distill"), port=0)
     assert server.url == f"http://127.0.0.1:{server.port}/metrics"
-    with pytest.raises(ServerStartError, match=rf"monitor\.prometheus_port={server.port} cannot be used"):
+    with pytest.raises(ServerStartError, match=rf"monitor\.prometheus_port={server.port} cannot be used on 127\.0\.0\.1"):
         MetricsServer(RunMetrics("x", "distill"), port=server.port)
     for _ in range(2):  # a second call does nothing
         server.close(failed=True)
     with socket.socket() as free:
         free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         free.bind(("127.0.0.1", server.port))
+
+
+def test_an_address_of_all_networks_is_taken_where_it_is_asked_for() -> None:
+    server = MetricsServer(RunMetrics("x", "distill"), port=0, host="0.0.0.0")
+    try:
+        assert server.url == f"http://0.0.0.0:{server.port}/metrics"
+        assert httpx.get(f"http://127.0.0.1:{server.port}/metrics", timeout=10).status_code == 200
+    finally:
+        server.close(failed=False)

@@ -1,0 +1,129 @@
+{{- define "distill.name" -}}
+{{- $name := ternary .Release.Name (printf "%s-distill" .Release.Name) (contains "distill" .Release.Name) }}
+{{- $name | trunc 40 | trimSuffix "-" }}
+{{- end }}
+
+{{/*
+What selects the pods of one component: (list $ "triton"). Without app.kubernetes.io/name: on Ray's pods KubeRay's own Services select by its
+value.
+*/}}
+{{- define "distill.selector" -}}
+app.kubernetes.io/part-of: distill
+app.kubernetes.io/instance: {{ (first .).Release.Name }}
+app.kubernetes.io/component: {{ last . }}
+{{- end }}
+
+{{- define "distill.labels" -}}
+{{ include "distill.selector" . }}
+app.kubernetes.io/name: distill
+app.kubernetes.io/version: {{ (first .).Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ (first .).Release.Service }}
+helm.sh/chart: {{ (first .).Chart.Name }}-{{ (first .).Chart.Version }}
+{{- end }}
+
+{{/* What every pod begins with. */}}
+{{- define "distill.pod" -}}
+serviceAccountName: {{ include "distill.name" . }}
+automountServiceAccountToken: false
+enableServiceLinks: false
+securityContext: {{- toYaml .Values.podSecurityContext | nindent 2 }}
+{{- with .Values.images.pullSecrets }}
+imagePullSecrets:
+{{- range . }}
+  - name: {{ . }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "distill.container" -}}
+securityContext:
+  allowPrivilegeEscalation: false
+  readOnlyRootFilesystem: true
+  capabilities: {drop: [ALL]}
+{{- end }}
+
+{{- define "distill.place" -}}
+{{- with .nodeSelector }}
+nodeSelector: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .tolerations }}
+tolerations: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{- define "distill.runsClaim" -}}
+{{ .Values.runs.existingClaim | default (printf "%s-runs" (include "distill.name" .)) }}
+{{- end }}
+
+{{- define "distill.config" -}}
+{{ .Values.run.existingConfigMap | default (printf "%s-run" (include "distill.name" .)) }}
+{{- end }}
+
+{{/* Where Triton finds its models inside the container. */}}
+{{- define "distill.repository" -}}
+{{- if .Values.triton.modelRepository.existingClaim -}}
+{{ printf "/models/%s" .Values.triton.modelRepository.path | trimSuffix "/" }}
+{{- else -}}
+/work/runs/{{ .Values.run.name }}/model_repository
+{{- end }}
+{{- end }}
+
+{{/* What the trainer's pods and the teacher's job mount. */}}
+{{- define "distill.workMounts" -}}
+- {name: tmp, mountPath: /tmp}
+- {name: shm, mountPath: /dev/shm}
+- {name: runs, mountPath: /work/runs}
+- {name: run, mountPath: /etc/distill, readOnly: true}
+{{- if .Values.data.existingClaim }}
+- {name: data, mountPath: /work/data, readOnly: true}
+{{- end }}
+{{- end }}
+
+{{- define "distill.workVolumes" -}}
+- name: tmp
+  emptyDir: {}
+- name: shm
+  emptyDir: {medium: Memory, sizeLimit: {{ .Values.trainer.sharedMemory }}}
+- name: runs
+  persistentVolumeClaim: {claimName: {{ include "distill.runsClaim" . }}}
+- name: run
+  configMap: {name: {{ include "distill.config" . }}}
+{{- with .Values.data.existingClaim }}
+- name: data
+  persistentVolumeClaim: {claimName: {{ . }}, readOnly: true}
+{{- end }}
+{{- end }}
+
+{{/* Of a Ray container. KubeRay's own ask with wget, unless it is new; the image has none. */}}
+{{- define "distill.rayProbes" -}}
+readinessProbe:
+  httpGet: {path: /api/local_raylet_healthz, port: 52365}
+  initialDelaySeconds: 10
+  periodSeconds: 5
+  timeoutSeconds: 5
+  failureThreshold: 10
+livenessProbe:
+  httpGet: {path: /api/local_raylet_healthz, port: 52365}
+  initialDelaySeconds: 30
+  periodSeconds: 10
+  timeoutSeconds: 5
+  failureThreshold: 30
+{{- end }}
+
+{{- define "distill.secretEnv" -}}
+{{- with .Values.trainer.secretEnv }}
+envFrom:
+{{- range . }}
+  - secretRef: {name: {{ . }}}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "distill.checks" -}}
+{{- if and (or .Values.trainer.enabled .Values.teacher.job.enabled) (not .Values.run.config) (not .Values.run.existingConfigMap) }}
+{{- fail "the trainer and the teacher's job need a run file: give run.config (--set-file run.config=run.yaml) or run.existingConfigMap, or turn trainer.enabled and teacher.job.enabled off" }}
+{{- end }}
+{{- if and .Values.gateway.ingress.enabled (not .Values.gateway.ingress.host) }}
+{{- fail "gateway.ingress.enabled needs gateway.ingress.host" }}
+{{- end }}
+{{- end }}
