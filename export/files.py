@@ -1,7 +1,11 @@
-"""Files that are whole or not there, and the one line of a foreign error. Needs neither torch nor onnx. Unit of data: one file."""
+"""Files that are whole or not there, their checksums, and the one line of a foreign error.
+
+Needs neither torch nor onnx. Unit of data: one file.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -23,3 +27,9 @@ def write_atomically(path: Path, content: bytes) -> None:
 def first_line(error: BaseException) -> str:
     """The first line of a foreign error's message that says something."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,7 +14,7 @@ import contextlib
 import io
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import onnx
@@ -39,6 +39,94 @@ _QUANTIZER_ERRORS: tuple[type[Exception], ...] = (*ORT_ERRORS, TypeError, KeyErr
 _log = logging.getLogger(__name__)
 
 
+class Quantizer:
+    """One fp32 file, ready to be written as int8 again and again: prepared once, its ranges measured once.
+
+    Args:
+        fp32: a student or teacher file of ours.
+        calibration_crops: uint8 [N,H,W,3], unlabelled; a few hundred are enough.
+        folder: where what is prepared lies meanwhile; the caller removes it.
+        float_logits: leave the logits, and what stands before and behind the network, in float. For a teacher.
+        symmetric: int8 activations around zero and biases in float, the only form that TensorRT takes.
+        way_out: what an error advises.
+
+    Raises:
+        DistillError: ONNX Runtime cannot prepare the graph.
+    """
+
+    def __init__(
+        self,
+        fp32: Path,
+        calibration_crops: Crops,
+        folder: Path,
+        *,
+        float_logits: bool = False,
+        symmetric: bool = False,
+        way_out: str = "set int8: false to export fp32 alone",
+    ) -> None:
+        self._name, self._way_out, self._crops = fp32.name, way_out, calibration_crops
+        self._float_logits, self._symmetric = float_logits, symmetric
+        self._prepared, self._ranges, self._quantised = (folder / name for name in ("prepared.onnx", "ranges.json", "quantised.onnx"))
+        with self._translating():
+            # onnxruntime's own inference of symbolic shapes does not know a Resize of two axes; ONNX's does.
+            resizes = any(node.op_type == "Resize" for node in load_model(fp32).graph.node)
+            # Shapes and fused layers, which the quantiser needs to place its scales.
+            quant_pre_process(str(fp32), str(self._prepared), skip_symbolic_shape=resizes)
+        self._model = load_model(self._prepared)
+        name_nodes(self._model.graph)
+        onnx.save(self._model, self._prepared)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers that hold weights, in the order in which they run."""
+        constants = {tensor.name for tensor in self._model.graph.initializer}
+        return tuple(
+            node.name for node in self._model.graph.node if node.op_type in WEIGHTED_OPERATORS and constants.intersection(node.input[1:2])
+        )
+
+    def write(self, int8: Path, *, keep_in_float: Collection[str] = (), reduce_range: bool = False) -> None:
+        """Write the int8 form.
+
+        Args:
+            int8: the file to write; may be the fp32 file itself.
+            keep_in_float: names of `layers`.
+            reduce_range: 7-bit weights, for x86 processors without VNNI, whose 8-bit multiply-add saturates.
+
+        Raises:
+            DistillError: ONNX Runtime cannot quantise the graph.
+        """
+        outside = head_and_tail(self._model.graph) if self._float_logits else set()
+        with self._translating():
+            quantize_static(
+                str(self._prepared),
+                str(self._quantised),
+                CropReader(self._crops, self._model),
+                quant_format=QuantFormat.QDQ,
+                per_channel=True,
+                reduce_range=reduce_range,
+                activation_type=QuantType.QInt8 if self._symmetric else QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                calibrate_method=CalibrationMethod.MinMax,
+                nodes_to_exclude=sorted({*outside, *keep_in_float}),
+                extra_options={"ActivationSymmetric": True, "QuantizeBias": False} if self._symmetric else {},
+                calibration_cache_path=self._ranges,
+            )
+        model = load_model(self._quantised)
+        if self._float_logits:
+            _leave_in_float(model.graph, LOGITS)
+        _guard(model.graph, keep_in_float)
+        strip_descriptions(model)
+        save_model(model, int8)
+
+    @contextlib.contextmanager
+    def _translating(self) -> Iterator[None]:
+        with _quiet():
+            try:
+                yield
+            except _QUANTIZER_ERRORS as error:
+                raise DistillError(f"{self._name} cannot be quantised: {first_line(error)}; {self._way_out}") from error
+
+
 def quantize_int8(
     fp32: Path,
     int8: Path,
@@ -49,67 +137,32 @@ def quantize_int8(
     symmetric: bool = False,
     way_out: str = "set int8: false to export fp32 alone",
 ) -> None:
-    """Write the int8 form of a file.
-
-    Args:
-        fp32: a student or teacher file of ours.
-        int8: the file to write; may be the same.
-        calibration_crops: uint8 [N,H,W,3], unlabelled; a few hundred are enough.
-        reduce_range: 7-bit weights, for x86 processors without VNNI, whose 8-bit multiply-add saturates.
-        float_logits: leave the logits, and what stands before and behind the network, in float. For a teacher.
-        symmetric: int8 activations around zero and biases in float, the only form that TensorRT takes.
-        way_out: what an error advises.
-
-    Raises:
-        DistillError: ONNX Runtime cannot quantise the graph.
-    """
-    activation_type = QuantType.QInt8 if symmetric else QuantType.QUInt8
-    options = {"ActivationSymmetric": True, "QuantizeBias": False} if symmetric else {}
-    with tempfile.TemporaryDirectory() as folder, _quiet():
-        # Shapes and fused layers, which the quantiser needs to place its scales.
-        prepared, quantised = Path(folder) / "prepared.onnx", Path(folder) / "quantised.onnx"
-        try:
-            # onnxruntime's own inference of symbolic shapes does not know a Resize of two axes; ONNX's does.
-            resizes = any(node.op_type == "Resize" for node in load_model(fp32).graph.node)
-            quant_pre_process(str(fp32), str(prepared), skip_symbolic_shape=resizes)
-            model = load_model(prepared)
-            name_nodes(model.graph)
-            onnx.save(model, prepared)
-            quantize_static(
-                str(prepared),
-                str(quantised),
-                CropReader(calibration_crops, model),
-                quant_format=QuantFormat.QDQ,
-                per_channel=True,
-                reduce_range=reduce_range,
-                activation_type=activation_type,
-                weight_type=QuantType.QInt8,
-                calibrate_method=CalibrationMethod.MinMax,
-                nodes_to_exclude=sorted(head_and_tail(model.graph)) if float_logits else [],
-                extra_options=options,
-            )
-        except _QUANTIZER_ERRORS as error:
-            raise DistillError(f"{fp32.name} cannot be quantised: {first_line(error)}; {way_out}") from error
-        model = load_model(quantised)
-    if float_logits:
-        _leave_in_float(model.graph, LOGITS)
-    strip_descriptions(model)
-    save_model(model, int8)
+    """Write the int8 form of a file; arguments and errors as those of `Quantizer`."""
+    with tempfile.TemporaryDirectory() as folder:
+        quantizer = Quantizer(
+            fp32, calibration_crops, Path(folder), float_logits=float_logits, symmetric=symmetric, way_out=way_out
+        )  # fmt: skip
+        quantizer.write(int8, reduce_range=reduce_range)
 
 
 def int8_weight_share(path: Path) -> float:
     """Share, by count, of the weights of convolutions and matrix products that are int8 in the file; 0 if it has none."""
+    return weight_share(path, onnx.TensorProto.INT8)
+
+
+def weight_share(path: Path, data_type: int) -> float:
+    """Share, by count, of the weights of convolutions and matrix products that the file holds as this `onnx.TensorProto` type."""
     graph = load_model(path).graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     # Behind a DequantizeLinear stands the tensor that the file really holds.
     held = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"}
-    num_weights = num_int8 = 0
+    num_weights = num_of_type = 0
     for node in graph.node:
         if node.op_type in WEIGHTED_OPERATORS and (tensor := tensors.get(held.get(node.input[1], node.input[1]))):
             size = _num_elements(tensor)
             num_weights += size
-            num_int8 += size if tensor.data_type == onnx.TensorProto.INT8 else 0
-    return num_int8 / num_weights if num_weights else 0.0
+            num_of_type += size if tensor.data_type == data_type else 0
+    return num_of_type / num_weights if num_weights else 0.0
 
 
 def _leave_in_float(graph: onnx.GraphProto, output: str) -> None:
@@ -123,6 +176,23 @@ def _leave_in_float(graph: onnx.GraphProto, output: str) -> None:
     for node in (dequantise, quantise):
         graph.node.remove(node)
     drop_unused_constants(graph)
+
+
+def _guard(graph: onnx.GraphProto, layers: Collection[str]) -> None:
+    """Let layers that stay in float be left so, in place: a sum of one summand before each.
+
+    ONNX Runtime's optimiser WeightBiasQuantization takes a float layer between two quantised ones for one that was forgotten, and rounds
+    its weights when the file is loaded, with a single scale: worse than if it had been quantised here. It looks for a DequantizeLinear
+    right before the layer. (An Identity would be taken out before it looks.)
+    """
+    nodes = {node.name: node for node in graph.node}
+    dequantised = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    for name in layers:
+        layer = nodes[name]
+        if layer.input[0] in dequantised:
+            guard = onnx.helper.make_node("Sum", [layer.input[0]], [f"{layer.input[0]}/for {name}"], name=f"float input of {name}")
+            graph.node.insert(list(graph.node).index(layer), guard)
+            layer.input[0] = guard.output[0]
 
 
 def _num_elements(tensor: onnx.TensorProto) -> int:

@@ -14,6 +14,9 @@ from distill.errors import ConfigError
 from distill.models.arch_names import arch_name, parse_arch
 from distill.teacher_info import Preprocessing
 
+EdgeFormat = Literal["onnx", "openvino", "executorch", "coreml"]
+"""Packages that a student can be written as; each but `onnx` is an extra of ours of the same name."""
+
 
 class ParityLimits(Section):
     """How far an exported graph may be from the network it came from. Measured on real crops, in label space."""
@@ -147,12 +150,38 @@ class Int8Gate(Section):
     max_size_ratio: float = Field(default=0.3, gt=0)
     """Largest allowed file size of int8 / fp32."""
     max_accuracy_drop: float = Field(default=0.01, ge=0, le=1)
-    """Largest allowed loss of top-1 accuracy, as a share (0.01 is one point); of agreement with fp32 where no labels are given."""
+    """Largest allowed loss of top-1 accuracy, as a share (0.01 is one point); of agreement with fp32 where no labels are given. It holds
+    for the other kinds of files, too."""
+
+
+class SensitiveLayers(Section):
+    """Where plain int8 loses too much: layers that hurt are looked for on the calibration crops and stay in float."""
+
+    max_layers: int = Field(default=3, ge=0)
+    """Most layers that stay in float; 0 does not look for any."""
+    max_seconds: float = Field(default=60.0, gt=0)
+    """For how long it is looked. Layers that were not reached are not found."""
+
+
+class QuantisedTraining(Section):
+    """Where int8 still loses too much: a short fine-tuning of the student, its rounding put into the forward pass, on the soft labels that
+    the run has stored. No teacher is asked."""
+
+    when: Literal["auto", "never", "always"] = "auto"
+    """`auto`: only where no other int8 file has the accuracy. `always`: in any case; the better file is kept."""
+    steps: int = Field(default=400, ge=1)
+    """Updates, of `train.global_batch` images each."""
+    learning_rate: float = Field(default=2e-4, gt=0)
+    """Peak rate of AdamW; a short warm-up, then a cosine to 0."""
 
 
 class StudentExportSettings(Section):
     """From a trained student to files for the edge device."""
 
+    formats: list[EdgeFormat] = Field(default_factory=lambda: list[EdgeFormat](["onnx"]))
+    """Kinds of packages. `onnx` is always made, as the others are compared with it. What is asked for and not installed is refused."""
+    fp16: bool = True
+    """Also make a file with weights and arithmetic in half precision."""
     int8: bool = True
     """Also make an int8 file."""
     opset: int = Field(default=20, ge=18, le=23)
@@ -160,7 +189,12 @@ class StudentExportSettings(Section):
     num_calibration_images: int = Field(default=256, ge=8)
     """Unlabelled crops that the int8 ranges are measured on."""
     reduce_range: bool = False
-    """7-bit weights, for edge devices with an x86 processor without VNNI, whose 8-bit multiply-add saturates."""
+    """7-bit weights, for edge devices with an x86 processor without VNNI, whose 8-bit multiply-add saturates. Where 8 bits lose too much on
+    this machine, 7 are tried anyway."""
+    sensitive_layers: SensitiveLayers = SensitiveLayers()
+    """Layers of the int8 file that stay in float."""
+    quantised_training: QuantisedTraining = QuantisedTraining()
+    """Fine-tuning for int8."""
     num_parity_images: int = Field(default=256, ge=1)
     """Crops that the fp32 file and the network are compared on."""
     parity: ParityLimits = ParityLimits()
@@ -171,6 +205,8 @@ class StudentExportSettings(Section):
     """Rounds of the latency measurement; the median round counts."""
     latency_repeats: int = Field(default=50, ge=5)
     """Timed runs of each file in one round."""
+    peak_memory: bool = True
+    """Also measure how much memory each file takes, in a process of its own (Linux only)."""
 
 
 _ONLY_FOR = {

@@ -1,40 +1,45 @@
-"""student -> files for the edge device: ONNX fp32 and int8, measured where they will run, and shipped only if they pass.
+"""student -> files for the edge device: ONNX fp32, fp16 and int8, and packages of other runtimes; measured where they will run, and shipped
+only if they pass.
 
-Unit of data: one student, one folder: <name>.fp32.onnx, <name>.int8.onnx, parity.json, edge.json. An int8 file that missed the gate lies in
-not_shipped/.
+Unit of data: one student, one folder: <name>.fp32.onnx, <name>.fp16.onnx, <name>.int8.onnx, packages, parity.json, edge.json and
+run_student.py. What missed the gate lies in not_shipped/.
 
 Shapes: N crops, H W pixels, K classes.
 """
 
 from __future__ import annotations
 
-import hashlib
+import glob
+import platform
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import onnx
-import onnxruntime as ort
-from onnxruntime import InferenceSession
 from torch import nn
 
-from distill.errors import BadInput, ConfigError, DistillError
+from distill.errors import BadInput, ConfigError
+from distill.machine import available_cores, describe_machine, vector_instructions
 from distill.teacher_info import Preprocessing
-from export.edge import STUDENT_METADATA_KEY, EdgeFile, EdgeReport, StudentInfo, judge_int8
+from export.edge import STUDENT_METADATA_KEY, EdgeFile, EdgeReport, StudentInfo
 from export.fingerprint import load_model
-from export.graph import IMAGES, LOGITS, export_student_graph, save_model
-from export.label_space import Crops, Logits, kl_divergence, top1_agreement
-from export.latency import Latency, measure_latency
+from export.gate import judge_fp16, judge_int8, judge_same_weights, recommend
+from export.graph import export_student_graph, save_model
+from export.half_precision import HalfPrecision, to_half_precision
+from export.int8 import FineTune, Int8Result, make_int8
+from export.label_space import Crops, top1_agreement
+from export.measured import Labels, MadeFile, TestSet, logits_of, measure_files
+from export.packages import Networks, Package, make_packages, require_formats
 from export.parity import check_parity, require_parity, torch_reference
-from export.quantize import int8_weight_share, quantize_int8
-from export.sessions import open_session
+from export.runtimes import onnx_runtime
+from export.runtimes.runtime import load_runtime
 from export.settings import StudentExportSettings
+from export.standalone import write_standalone
 
-Labels = npt.NDArray[np.integer]
-Kind = Literal["fp32", "int8"]
-EVALUATION_BATCH = 64
+NOT_SHIPPED = "not_shipped"
+_HALF_IS_NATIVE = ("aarch64", "arm64")
+"""Where ONNX Runtime's CPU provider multiplies half-precision numbers; elsewhere it computes them in fp32."""
 
 
 def export_student(
@@ -48,7 +53,8 @@ def export_student(
     test_labels: Labels | None,
     out_dir: Path,
     settings: StudentExportSettings,
-) -> list[EdgeFile]:
+    fine_tune: FineTune | None = None,
+) -> EdgeReport:
     """Export one student, measure its files, decide what is shipped, and write `edge.json`.
 
     Args:
@@ -59,44 +65,99 @@ def export_student(
         preprocessing: how an image becomes a crop, written into the files.
         calibration_crops: uint8 [N,H,W,3], unlabelled; the first `num_calibration_images` set the int8 ranges.
         test_crops: uint8 [N,H,W,3], not used in training; also compare the fp32 file with the network.
-        test_labels: N class ids, or None: then the int8 gate looks at the agreement with fp32.
+        test_labels: N class ids, or None: then the gate looks at the agreement with fp32.
         out_dir: made if it is not there.
+        fine_tune: trains a copy of the student for int8 where that is needed; None where no soft labels are at hand.
 
     Returns:
-        fp32 first; `shipped` and `reason` say which to use. Paths are relative to `out_dir`.
+        what `edge.json` says: fp32 first; `shipped`, `reason` and `recommended` say which to use. Paths are relative to `out_dir`.
 
     Raises:
         BadInput: no test crops, or as many labels as crops are not given.
+        ConfigError: a format is asked for whose package is not installed.
         ParityError: the fp32 file does not say what the network says.
     """
+    require_formats(settings.formats)
     _check_crops(calibration_crops, test_crops, test_labels, image_size, settings)
     info = StudentInfo(name=name, class_names=tuple(class_names), preprocessing=preprocessing)
-    paths: dict[Kind, Path] = {"fp32": out_dir / f"{name}.fp32.onnx"}
-    for leftover in (out_dir / f"{name}.int8.onnx", out_dir / "not_shipped" / f"{name}.int8.onnx"):
-        leftover.unlink(missing_ok=True)  # of an earlier export, whose verdict does not hold for this one
-    export_student_graph(network, image_size, paths["fp32"], opset=settings.opset)
+    _clear(out_dir, name)
+    fp32 = MadeFile("fp32", out_dir / f"{name}.fp32.onnx")
+    export_student_graph(network, image_size, fp32.path, opset=settings.opset)
     compared = test_crops[: settings.num_parity_images]
     image_ids = [f"test crop {row}" for row in range(len(compared))]
-    report = check_parity(torch_reference(network), paths["fp32"], compared, image_ids, settings.parity)
-    require_parity(report, out_dir, paths["fp32"].name)
+    report = check_parity(torch_reference(network), fp32.path, compared, image_ids, settings.parity)
+    require_parity(report, out_dir, fp32.path.name)
+    _write_info(fp32.path, info)
+    calibration_crops = calibration_crops[: settings.num_calibration_images]
+    tests = TestSet(test_crops, test_labels, logits_of(fp32.open(num_threads=1), test_crops, fp32.path.name))
+    half = _make_half(fp32.path, out_dir / f"{name}.fp16.onnx", calibration_crops, info) if settings.fp16 else None
+    int8 = None
     if settings.int8:
-        paths["int8"] = out_dir / f"{name}.int8.onnx"
-        quantize_int8(
-            paths["fp32"], paths["int8"], calibration_crops[: settings.num_calibration_images], reduce_range=settings.reduce_range
-        )
-    for path in paths.values():
-        _write_info(path, info)
-    files = _measure(paths, info, test_crops, test_labels, settings)
-    if settings.int8:
-        files[1] = _put_aside(judge_int8(files[1], files[0], settings.gate), out_dir)
-    EdgeReport(student=info, engine=f"ONNX Runtime {ort.__version__}, CPU, 1 thread, batch 1", files=tuple(files)).write(out_dir)
-    return files
+        int8 = make_int8(network, fp32.path, out_dir / f"{name}.int8.onnx", calibration_crops, tests, settings, fine_tune)
+        _write_info(int8.file.path, info)
+    made = [fp32, *([half[0]] if half else []), *([int8.file] if int8 else [])]
+    packages = make_packages(settings.formats, Networks(network, int8.network if int8 else network), made, calibration_crops, info, out_dir)
+    made += [file for package in packages for file in package.files]
+    files = measure_files(name, made, tests, settings)
+    return _conclude(info, files, tests, half, int8, packages, out_dir, settings)
+
+
+def _conclude(
+    info: StudentInfo,
+    files: list[EdgeFile],
+    tests: TestSet,
+    half: tuple[MadeFile, HalfPrecision] | None,
+    int8: Int8Result | None,
+    packages: Sequence[Package],
+    out_dir: Path,
+    settings: StudentExportSettings,
+) -> EdgeReport:
+    """Judge every file, put aside what is not shipped, and write what is left to say."""
+    fp32 = files[0]
+    judged = [fp32]
+    float_of = {file.runtime: file for file in files if file.kind == "fp32"}
+    for file in files[1:]:
+        if file.kind == "int8":
+            judged.append(judge_int8(file, float_of.get(file.runtime, fp32), settings.gate))
+        elif file.kind == "fp16" and half is not None:
+            drop = _drop_in_half(half[1], tests, out_dir)
+            judged.append(judge_fp16(file, fp32, settings.gate, drop, native=platform.machine() in _HALF_IS_NATIVE))
+        else:
+            judged.append(judge_same_weights(file, fp32, settings.gate))
+    judged = [_put_aside(file, out_dir) for file in judged]
+    chosen, why = recommend(judged)
+    write_standalone(judged, out_dir)
+    engines = {load_runtime(file.runtime).engine(): None for file in judged}
+    report = EdgeReport(
+        student=info,
+        engine=f"{', '.join(engines)}; CPU, batch 1",
+        machine=describe_machine(),
+        vector_instructions=vector_instructions(),
+        num_threads=available_cores(),
+        recommended=chosen.path,
+        why=why,
+        int8_attempts=int8.attempts if int8 else (),
+        int8_notes=int8.notes if int8 else (),
+        files=tuple(judged),
+        not_measured=tuple(unmeasured for package in packages for unmeasured in package.not_measured),
+    )
+    report.write(out_dir)
+    return report
+
+
+def _clear(out_dir: Path, name: str) -> None:
+    """Take away the files of an earlier export, whose verdicts do not hold for this one."""
+    for path in [*out_dir.glob(f"{glob.escape(name)}.*"), *(out_dir / NOT_SHIPPED).glob("*")]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _check_crops(
     calibration_crops: Crops, test_crops: Crops, test_labels: Labels | None, image_size: int, settings: StudentExportSettings
 ) -> None:
-    needed = [("test", test_crops), *([("calibration", calibration_crops)] if settings.int8 else [])]
+    needed = [("test", test_crops), *([("calibration", calibration_crops)] if settings.int8 or settings.fp16 else [])]
     for what, crops in needed:
         if crops.dtype != np.uint8 or crops.ndim != 4 or crops.shape[1:] != (image_size, image_size, 3) or len(crops) == 0:
             wanted = f"at least one uint8 crop of shape ({image_size}, {image_size}, 3)"
@@ -116,66 +177,32 @@ def _write_info(path: Path, info: StudentInfo) -> None:
     save_model(model, path)
 
 
-def _measure(
-    paths: dict[Kind, Path],
-    info: StudentInfo,
-    test_crops: Crops,
-    test_labels: Labels | None,
-    settings: StudentExportSettings,
-) -> list[EdgeFile]:
-    sessions = {kind: open_session(path, num_threads=1) for kind, path in paths.items()}
-    logits = {kind: _logits(session, test_crops, paths[kind].name) for kind, session in sessions.items()}
-    latency = measure_latency(sessions, test_crops[:1], settings.latency_rounds, settings.latency_repeats)
-    fp32_bytes = paths["fp32"].stat().st_size
-    return [
-        EdgeFile(
-            student=info.name,
-            kind=kind,
-            path=path.name,
-            sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
-            size_bytes=path.stat().st_size,
-            size_ratio=path.stat().st_size / fp32_bytes,
-            int8_weight_share=int8_weight_share(path),
-            shipped=True,
-            reason="shipped: the fp32 file says what the network says (parity.json)",
-            **_quality(logits[kind], logits["fp32"], test_labels),
-            **_times(latency[kind]),
-        )
-        for kind, path in paths.items()
-    ]
+def _make_half(fp32: Path, target: Path, crops: Crops, info: StudentInfo) -> tuple[MadeFile, HalfPrecision]:
+    half = to_half_precision(load_model(fp32), crops)
+    save_model(half.model, target)
+    _write_info(target, info)
+    return MadeFile("fp16", target, kept_in_float=half.kept_in_fp32), half
 
 
-def _quality(logits_NK: Logits, fp32_NK: Logits, labels_N: Labels | None) -> dict[str, float | int | None]:
-    return {
-        "num_images": len(logits_NK),
-        "top1": None if labels_N is None else float((logits_NK.argmax(axis=1) == labels_N).mean()),
-        "agreement": top1_agreement(fp32_NK, logits_NK),
-        "kl": float(kl_divergence(fp32_NK, logits_NK).mean()),
-    }
+def _drop_in_half(half: HalfPrecision, tests: TestSet, out_dir: Path) -> float:
+    """Accuracy lost (disagreement, without labels) on a processor that rounds every layer's result to half precision."""
+    path = out_dir / ".as_rounded.onnx"
+    try:
+        onnx.save(half.as_rounded, path)
+        logits_NK = logits_of(onnx_runtime.open_file(path, 1), tests.crops, "the fp16 file, rounded layer by layer,")
+    finally:
+        path.unlink(missing_ok=True)
+    if tests.labels is None:
+        return 1.0 - top1_agreement(tests.fp32_logits, logits_NK)
+    return float((tests.fp32_logits.argmax(axis=1) == tests.labels).mean() - (logits_NK.argmax(axis=1) == tests.labels).mean())
 
 
-def _times(latency: Latency) -> dict[str, float]:
-    return {"latency_p50_ms": latency.p50_ms, "latency_p99_ms": latency.p99_ms, "latency_ratio": latency.ratio}
-
-
-def _logits(session: InferenceSession, crops_NHWC: Crops, name: str) -> Logits:
-    """Logits [N,K] of all crops.
-
-    Raises:
-        DistillError: NaN or infinite logits.
-    """
-    batches = [crops_NHWC[start : start + EVALUATION_BATCH] for start in range(0, len(crops_NHWC), EVALUATION_BATCH)]
-    logits_NK = np.concatenate([session.run([LOGITS], {IMAGES: batch})[0] for batch in batches])
-    if not np.isfinite(logits_NK).all():
-        raise DistillError(f"{name} gives NaN or infinite logits on {int((~np.isfinite(logits_NK)).any(axis=1).sum())} test crops")
-    return logits_NK
-
-
-def _put_aside(int8: EdgeFile, out_dir: Path) -> EdgeFile:
+def _put_aside(file: EdgeFile, out_dir: Path) -> EdgeFile:
     """Move a file that is not shipped out of the way, so that nobody deploys it by its name."""
-    if int8.shipped:
-        return int8
-    target = out_dir / "not_shipped" / int8.path
-    target.parent.mkdir(exist_ok=True)
-    (out_dir / int8.path).replace(target)
-    return int8.replace(path=str(target.relative_to(out_dir)))
+    if file.shipped:
+        return file
+    folder = out_dir / NOT_SHIPPED
+    folder.mkdir(exist_ok=True)
+    for name in (file.path, *file.beside):
+        (out_dir / name).replace(folder / name)
+    return file.replace(path=f"{NOT_SHIPPED}/{file.path}", beside={f"{NOT_SHIPPED}/{name}": digest for name, digest in file.beside.items()})

@@ -17,7 +17,9 @@ class EdgePoint(Section):
     """One edge file of a student."""
 
     kind: str
-    """`fp32` or `int8`."""
+    """`fp32`, `fp16` or `int8`."""
+    runtime: str = "onnxruntime"
+    """What runs it."""
     latency_ms: float
     """Median of one crop."""
     size_bytes: int
@@ -26,6 +28,8 @@ class EdgePoint(Section):
     """Share of test images that are right; None where the test images have no labels."""
     shipped: bool
     """Whether it passed the gate."""
+    recommended: bool = False
+    """Whether it is the one to take, as far as the machine that measured it can tell."""
 
 
 class Cost(Section):
@@ -96,9 +100,11 @@ def in_order(found: Sequence[Candidate]) -> list[Candidate]:
 
 def _files(edge: dict[str, Any] | None, student: str) -> tuple[EdgePoint, ...]:
     files = [file for file in edge["files"] if file["student"] == student] if edge else []
+    recommended = edge.get("recommended", {}).get(student, {}).get("path") if edge else None  # older runs name none
     return tuple(
         EdgePoint(
-            kind=f["kind"], latency_ms=f["latency_p50_ms"], size_bytes=f["size_bytes"], top1=f["top1"], shipped=f["shipped"]
+            kind=f["kind"], runtime=f.get("runtime", "onnxruntime"), latency_ms=f["latency_p50_ms"], size_bytes=f["size_bytes"],
+            top1=f["top1"], shipped=f["shipped"], recommended=f["path"] == recommended,
         )
         for f in files
     )  # fmt: skip

@@ -15,6 +15,8 @@ from student_trainer.comparison import Candidate, EdgePoint, pareto_front
 from student_trainer.plots import COLOURS, draw
 
 MARKERS = "osD^vP"
+SIZES = {"fp32": 8, "fp16": 6.5, "int8": 5}
+"""Of the mark of each kind of file."""
 MOST_NAMED = 12
 """Students; of more, only those that no other beats are named."""
 PANEL = np.array([280.0, 220.0])
@@ -71,7 +73,7 @@ def _height(tops: list[float]) -> tuple[float, float]:
 def _scatter(axes: Axes, students: list[Candidate], cost: Callable[[EdgePoint], float]) -> None:
     files = [(student, file) for student in students for file in student.files if file.top1 is not None]
     for student, file in files:
-        number, size = students.index(student), 8 if file.kind == "fp32" else 5
+        number, size = students.index(student), SIZES.get(file.kind, 5)
         _mark(axes, number, (cost(file), 100 * (file.top1 or 0.0)), size, file.shipped)
     _join_and_name(axes, [(student.name, cost(file), 100 * (file.top1 or 0.0), file.shipped) for student, file in files])
 
@@ -87,7 +89,7 @@ def mark_front(axes: Axes, points: list[tuple[str, float, float, bool]]) -> None
     _join_and_name(axes, points)
 
 
-def _mark(axes: Axes, number: int, at: tuple[float, float], size: int, filled: bool) -> None:
+def _mark(axes: Axes, number: int, at: tuple[float, float], size: float, filled: bool) -> None:
     colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number // len(COLOURS) % len(MARKERS)]
     axes.plot(*at, marker, color=colour, markersize=size, markerfacecolor=colour if filled else "none")
 

@@ -7,8 +7,6 @@ worked out in `comparison` and `changed_confusions`, the pictures are painted in
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +17,10 @@ import yaml
 from distill import __version__
 from distill.errors import ConfigError
 from distill.label_metrics import NUM_BINS
+from distill.machine import describe_machine as describe_machine
 from student_trainer import comparison_plots, plots
 from student_trainer.changed_confusions import ChangedPair, changed_pairs, mistakes
-from student_trainer.comparison import Candidate, candidates, in_order
+from student_trainer.comparison import Candidate, EdgePoint, candidates, in_order
 from student_trainer.waits import Waits
 
 HELD_OUT = " Those of the held-out crops, on which students were compared while they trained, come on top."
@@ -110,16 +109,6 @@ def write_page(path: Path, template: str, machine: str, content: dict[str, Any])
     return path
 
 
-def describe_machine() -> str:
-    """Processor, cores and system, in a few words."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        model = names[0] if names else model
-    return f"{model}, {os.cpu_count()} cores, {platform.system()}"
-
-
 def _run_name(gathered: dict[str, Any]) -> str:
     return Path(gathered["run"]["run_dir"]).name
 
@@ -141,6 +130,7 @@ def _content(gathered: dict[str, Any], students: list[Candidate]) -> dict[str, A
         "unreadable": gathered["history"].get("train", {}).get("unreadable", 0),
         "waits": Waits(**{name: train["totals"][name] for name in Waits.model_fields}).describe().capitalize() + ".",
         "files": [_file(file) for file in edge["files"]] if edge else [],
+        "recommended": [{"student": name, **chosen} for name, chosen in edge["recommended"].items()] if edge else [],
         "fingerprint": stages[gathered["teacher"]]["fingerprint"],
         "parity": stages[gathered["teacher"]]["parity"],
         "num_bins": NUM_BINS,
@@ -211,13 +201,14 @@ def _row(name: str, entry: dict[str, Any]) -> dict[str, str]:
 
 def _student(student: Candidate) -> dict[str, str]:
     """A line of the table that compares students; empty cells where a stage has not been made."""
-    cost, best = student.cost, next((file for file in reversed(student.files) if file.shipped), None)
+    shipped = [file for file in student.files if file.shipped]
+    cost, best = student.cost, next((file for file in shipped if file.recommended), shipped[-1] if shipped else None)
     return {
         "name": student.name,
         "top1": "" if student.top1 is None else f"{student.top1:.1%}",
         "agreement": "" if student.agreement is None else f"{student.agreement:.1%}",
         "parameters": "" if student.num_parameters is None else f"{student.num_parameters:,}",
-        "kind": "" if best is None else best.kind,
+        "kind": "" if best is None else _kind(best),
         "size": "" if best is None else f"{best.size_bytes / 1000:,.0f} kB",
         "latency": "" if best is None else f"{best.latency_ms:.3f} ms",
         "images": "" if cost is None else f"{cost.images:,.0f}",
@@ -226,6 +217,10 @@ def _student(student: Candidate) -> dict[str, str]:
         "teacher_calls": "" if cost is None else f"{cost.teacher_calls:,.0f}",
         "label_bytes": "" if cost is None else f"{cost.label_bytes / 1000:,.0f} kB",
     }
+
+
+def _kind(file: EdgePoint) -> str:
+    return file.kind if file.runtime == "onnxruntime" else f"{file.kind} ({file.runtime})"
 
 
 def _confusions(evaluation: dict[str, Any], class_names: list[str]) -> dict[str, Any] | None:
@@ -275,6 +270,8 @@ def _file(file: dict[str, Any]) -> dict[str, Any]:
         "size": f"{file['size_bytes'] / 1000:.0f} kB",
         "p50": f"{file['latency_p50_ms']:.3f} ms",
         "p99": f"{file['latency_p99_ms']:.3f} ms",
+        "all_cores": f"{file['latency_all_p50_ms']:.3f} ms",
+        "memory": "" if file["peak_memory_bytes"] is None else f"{file['peak_memory_bytes'] / 1e6:.1f} MB",
         "top1": "" if file["top1"] is None else f"{file['top1']:.1%}",
         "agreement": f"{file['agreement']:.1%}",
         "shipped": file["shipped"],

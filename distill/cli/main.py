@@ -19,12 +19,15 @@ import click
 
 from distill import __version__
 from distill.cli import DEFAULT_RUN_FILE
+from distill.cli.bundle import bundle
 from distill.cli.comparing import compare
+from distill.cli.gateway import gateway
 from distill.cli.importing import ImportGroup
 from distill.cli.keys import keys
 from distill.cli.plan import plan
 from distill.cli.repository import repository
 from distill.cli.store import store
+from distill.cli.submit import submit
 from distill.cli.tuning import tune
 from distill.errors import ConfigError, DistillError, Terminated
 
@@ -34,6 +37,10 @@ VERBS: dict[str, tuple[str, tuple[str, ...]]] = {
     "finetune": ("Stage 2: teach it the classes from few labels. Needs pretrain.", ("data", "finetune")),
     "import": ("Take a teacher that was trained elsewhere, in place of stages 1 and 2.", ("data", "import")),
     "export-teacher": ("ONNX through the parity gate, into a Triton model repository. Needs finetune or import.", ("teacher",)),
+    "make-teacher": (
+        "All of the above that the run file asks for, up to the exported teacher.",
+        ("data", "pretrain", "finetune", "teacher"),
+    ),
     "self-distill": (
         "The teacher teaches a network like itself, which then labels for the students. Needs export-teacher.",
         ("self_distill", "store", "ray", "monitor"),
@@ -116,6 +123,7 @@ def _run_verb(verb: str, config: Path, fresh: bool, overrides: tuple[str, ...]) 
         "finetune": verbs.finetune,
         "import": verbs.import_teacher,
         "export-teacher": verbs.export_teacher,
+        "make-teacher": verbs.make_teacher,
         "self-distill": verbs.self_distill,
         "serve": serving.serve,
         "export-student": verbs.export_student,
@@ -160,11 +168,17 @@ cli.add_command(store)
 cli.add_command(tune)
 cli.add_command(plan)
 cli.add_command(compare)
+cli.add_command(bundle)
+cli.add_command(gateway)
+cli.add_command(submit)
 
 
 def entry() -> NoReturn:
     """What the installed `distill` script calls: runs the command and ends the process with the right code."""
     signal.signal(signal.SIGTERM, _terminate)
+    # Threads of torch that wait for each other sleep instead of spinning: on cores that somebody else needs too (a teacher, Ray) spinning
+    # makes them several times slower. Read by OpenMP when torch is imported, here and in every process that is started from here.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # gRPC would write a line to the terminal whenever Ray starts a process while Triton is being asked. Nothing here forks without exec.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
@@ -174,7 +188,7 @@ def entry() -> NoReturn:
 def run_command(arguments: list[str]) -> int:
     """Run one command line; the answer is the exit code. Errors become one line, with --debug after their traceback."""
     try:
-        cli.main(arguments, prog_name="distill", standalone_mode=False)
+        code = cli.main(arguments, prog_name="distill", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:  # `distill` alone
         click.echo(error.format_message(), err=True)
         return error.exit_code
@@ -196,7 +210,7 @@ def run_command(arguments: list[str]) -> int:
         return 1
     except Exception as error:  # noqa: BLE001 - the last resort: said in one line
         return _unforeseen(error, arguments)
-    return 0
+    return code if isinstance(code, int) else 0  # of a command that ended its context with one
 
 
 def _unforeseen(error: Exception, arguments: list[str]) -> int:

@@ -18,7 +18,13 @@ def report(run: Run) -> Result:
     """The report of what is there: HTML with plots and JSON beside it. Always made anew."""
     from student_trainer.report import write_report
 
-    path = write_report(run.folder / "report", gather(run))
+    gathered = gather(run)
+    if gathered["stages"][run.edge.name] is None and run.edge.folder.exists():
+        console.print(
+            f"[bold]report[/bold]: the edge files in {run.edge.folder} are of other settings or an older distill and are left out;"
+            " `distill export-student` makes them anew"
+        )
+    path = write_report(run.folder / "report", gathered)
     console.print(f"[bold]report[/bold]: {path}")
     return {"html": str(path), "json": str(path.with_suffix(".json"))}
 

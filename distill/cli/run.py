@@ -333,8 +333,9 @@ class Run:
 
     @property
     def edge(self) -> Stage:
-        """The students' files."""
-        return Stage(self.folder, "export-student", {"edge": plain(self.file.edge)}, {"train": self.train.digest})
+        """The students' files, measured on the test images."""
+        inputs = {"train": self.train.digest, "test": self.images("test")}
+        return Stage(self.folder, "export-student", {"edge": plain(self.file.edge)}, inputs)
 
     @property
     def repository(self) -> Path:

@@ -335,31 +335,28 @@ def evaluate(run: Run, teacher: TeacherAddress) -> Result:
 
 
 def export_student(run: Run) -> Result:
-    """Each student as files for the edge, measured."""
+    """Each student as files for the edge, measured, with its card."""
+    from export.packages import require_formats
+
     run.train.require()
+    require_formats(run.file.edge.formats)
 
     def work(folder: Path) -> Result:
-        from distill.models.saved_classifier import load_classifier
-        from export.student import export_student as export
+        from distill.cli.edge_export import export_one
 
-        file = run.file
-        calibration, _ = _sample_crops(run, file.edge.num_calibration_images)
+        calibration, _ = _sample_crops(run, run.file.edge.num_calibration_images)
         test_crops, labels = _test_crops(run)
-        files = []
-        for name in _made(run, run.train):
-            saved = load_classifier(run.train.folder / "students" / name)
-            card, size = saved.card, file.data.image_size
-            made = export(
-                saved.network, name, size, card.class_names, card.preprocessing,
-                calibration, test_crops, labels, folder / name, file.edge,
-            )  # fmt: skip
-            files += [edge_file.model_dump(mode="json") for edge_file in made]
-            for edge_file in made:
-                verdict = "shipped" if edge_file.shipped else "not shipped"
-                console.print(f"  {name} {edge_file.kind}: {edge_file.size_bytes / 1000:.0f} kB, {verdict} ({edge_file.reason})")
-        return {"files": files}
+        reports = [export_one(run, name, calibration, test_crops, labels, folder / name) for name in _made(run, run.train)]
+        return {
+            "files": [file.model_dump(mode="json") for report in reports for file in report.files],
+            "recommended": {report.student.name: {"path": report.recommended, "why": report.why} for report in reports},
+        }
 
-    return _once(run.edge, work)
+    result = _once(run.edge, work)
+    from distill.cli.student_cards import write_cards
+
+    write_cards(run)
+    return result
 
 
 def _test_crops(run: Run) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
@@ -372,6 +369,10 @@ def _test_crops(run: Run) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]
 
 def forget(run: Run, verb: str) -> None:
     """Move aside what a verb made, so that it is made afresh; `quickstart` means every stage. The label store stays."""
-    made = {"self-distill": ("self-distill", "export-self-distilled"), "quickstart": run.STAGES}
+    made = {
+        "make-teacher": ("pretrain", "finetune", "import", "export-teacher"),
+        "self-distill": ("self-distill", "export-self-distilled"),
+        "quickstart": run.STAGES,
+    }
     for name in made.get(verb, (verb,)):
         Stage(run.folder, name, {}, {}).forget()

@@ -51,6 +51,9 @@ SMOKE = (
     "edge.latency_repeats=5",
     "edge.num_parity_images=64",
     "edge.num_calibration_images=64",
+    "edge.peak_memory=false",
+    "edge.quantised_training.when=never",
+    "edge.sensitive_layers.max_layers=0",
     "ray.threads_per_worker=1",  # on busy cores two threads of so small a network wait for each other longer than they compute
 )
 """2000 unlabelled images in 2 shards, 100 labels, 1000 test images; about a minute on two free cores."""

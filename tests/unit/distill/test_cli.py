@@ -25,6 +25,7 @@ IN_ORDER = [
     "finetune",
     "import",
     "export-teacher",
+    "make-teacher",
     "self-distill",
     "serve",
     "label",

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from distill.teacher_info import Preprocessing, TeacherInfo
 from export.fingerprint import stamp_teacher
 from export.graph import export_teacher_graph
+from export.settings import Int8Gate, StudentExportSettings
+from export.student import export_student
 
 IMAGE_SIZE = 16
 PREPROCESSING = Preprocessing(image_size=IMAGE_SIZE, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
@@ -113,6 +115,18 @@ def stamped(teacher_model: Path, tmp_path: Path) -> tuple[Path, TeacherInfo]:
     path = tmp_path / "stamped.onnx"
     path.write_bytes(teacher_model.read_bytes())
     return path, stamp_teacher(path, name="tiny", class_names=CLASS_NAMES, preprocessing=PREPROCESSING)
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny student's folder, with everything that an export makes, all of it shipped. Copy it before changing it."""
+    folder = tmp_path_factory.mktemp("exported")
+    lenient = Int8Gate(max_latency_ratio=1000, max_size_ratio=1000, max_accuracy_drop=1)
+    settings = StudentExportSettings(latency_rounds=2, latency_repeats=5, gate=lenient)
+    export_student(
+        make_network(), "tiny", IMAGE_SIZE, CLASS_NAMES, PREPROCESSING, make_crops(64, seed=1), make_crops(64), None, folder, settings
+    )  # fmt: skip
+    return folder
 
 
 NUM_HAND_MADE_CLASSES = 6

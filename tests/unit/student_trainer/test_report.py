@@ -37,7 +37,8 @@ def logits(share_right: float) -> Any:
 def edge_file(kind: str, shipped: bool) -> dict[str, Any]:
     return EdgeFile(
         student="small", kind=kind, path=f"small.{kind}.onnx", sha256="a" * 64, size_bytes=123_456, int8_weight_share=0.99, num_images=200,
-        top1=0.8125, agreement=0.9875, kl=0.01, latency_p50_ms=1.234, latency_p99_ms=2.345,
+        top1=0.8125, agreement=0.9875, kl=0.01, latency_p50_ms=1.234, latency_p99_ms=2.345, latency_all_p50_ms=0.765,
+        latency_all_p99_ms=0.987, peak_memory_bytes=12_300_000,
         size_ratio=0.28, latency_ratio=0.6, shipped=shipped, reason="int8 is 3 % slower",
     ).model_dump(mode="json")  # fmt: skip
 
@@ -81,7 +82,10 @@ def gathered() -> dict[str, Any]:
             },
             "train": {**trained, "stopped": stopped},
             "control": {"totals": totals, "epochs": epochs[:2]},
-            "export-student": {"files": [edge_file("fp32", True), edge_file("int8", False)]},
+            "export-student": {
+                "files": [edge_file("fp32", True), edge_file("fp16", True), edge_file("int8", False)],
+                "recommended": {"small": {"path": "small.fp32.onnx", "why": "the next best"}},
+            },
             "export-teacher": {
                 "fingerprint": "c0ffee" * 10 + "0000",
                 "parity": {"num_images": 64, "max_logit_error": 1.5e-5, "top1_agreement": 1.0},

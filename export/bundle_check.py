@@ -1,0 +1,173 @@
+"""Whether a bundle is whole: every file there, none altered, cut short or added, and nothing in it that could write outside its folder.
+
+The archive is read and never unpacked. Unit of data: one archive, or the folder that somebody unpacked it into.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from pydantic import ValidationError
+
+from distill.errors import BadInput
+from export.bundle_manifest import MANIFEST, BundleManifest, checksum_of, digest_of_stream
+from export.files import sha256_of
+
+MOST_FILES = 10_000
+MOST_MANIFEST_BYTES = 2**24
+
+
+@dataclass
+class BundleCheck:
+    """What was found."""
+
+    student: str = ""
+    """Empty where the manifest cannot be read."""
+    num_files: int = 0
+    """Files that the manifest names."""
+    problems: list[str] = field(default_factory=list)
+    """`missing NAME`, `altered NAME`, `truncated NAME`, `extra NAME`, `unsafe NAME` and others, in words; none for a whole bundle."""
+
+
+@dataclass
+class _Content:
+    """What lies in an archive or folder: name -> (sha256, bytes that could be read, bytes that there should be)."""
+
+    found: dict[str, tuple[str, int, int]] = field(default_factory=dict)
+    manifest: bytes | None = None
+    problems: list[str] = field(default_factory=list)
+
+
+def check_bundle(path: Path) -> BundleCheck:
+    """Compare a bundle with its own manifest, and an archive with the checksum that lies beside it, if one does.
+
+    Raises:
+        BadInput: there is nothing, or no archive.
+    """
+    if path.is_dir():
+        content, folder = _read_folder(path), None
+    else:
+        content, folder = _read_archive(path)
+    check = BundleCheck(problems=content.problems)
+    manifest = _parse(content, check)
+    if manifest is None:
+        return check
+    check.student, check.num_files = manifest.student, len(manifest.files)
+    if folder is not None and folder != manifest.student:
+        check.problems.append(f"altered {MANIFEST}: it is of student {manifest.student!r} and lies in folder {folder!r}")
+    check.problems += _differences(manifest, content)
+    return check
+
+
+def _differences(manifest: BundleManifest, content: _Content) -> list[str]:
+    problems = []
+    for name, wanted in sorted(manifest.files.items()):
+        if name not in content.found:
+            problems.append(f"missing {name}")
+            continue
+        digest, num_read, num_declared = content.found[name]
+        if num_read < max(num_declared, wanted.size_bytes):
+            problems.append(f"truncated {name}: {num_read} of {wanted.size_bytes} bytes")
+        elif digest != wanted.sha256:
+            problems.append(f"altered {name}: SHA-256 {digest[:12]}... where the manifest has {wanted.sha256[:12]}...")
+    return problems + [f"extra {name}" for name in sorted(content.found.keys() - manifest.files.keys())]
+
+
+def _parse(content: _Content, check: BundleCheck) -> BundleManifest | None:
+    if content.manifest is None:
+        check.problems.append(f"missing {MANIFEST}")
+        return None
+    try:
+        manifest = BundleManifest.model_validate(json.loads(content.manifest))
+    except (ValueError, ValidationError, RecursionError) as error:
+        check.problems.append(f"altered {MANIFEST}: it cannot be read ({' '.join(str(error).split())[:120]})")
+        return None
+    unsafe = [name for name in manifest.files if not _is_safe(name)]
+    check.problems += [f"unsafe {name!r} in {MANIFEST}" for name in unsafe]
+    return manifest
+
+
+def _is_safe(name: str) -> bool:
+    """Whether unpacking it could only write into the folder that somebody chose."""
+    parts = name.split("/")
+    return bool(name) and not PurePosixPath(name).is_absolute() and not {"", ".", ".."} & {*parts} and not set(name) & {"\\", ":", "\0"}
+
+
+def _read_archive(path: Path) -> tuple[_Content, str | None]:
+    """What lies in an archive, and the one folder that all of it lies in."""
+    content, folders = _Content(), set[str]()
+    if not path.is_file():
+        raise BadInput(f"{path} is not there; give a bundle made by `distill bundle make`, or the folder that it was unpacked into")
+    beside = checksum_of(path)
+    if beside.is_file():
+        wanted, found = (beside.read_text(encoding="utf-8", errors="replace").split() or [""])[0], sha256_of(path)
+        if found != wanted:
+            content.problems.append(f"altered archive: SHA-256 {found[:12]}... where {beside.name} has {wanted[:12]}...")
+    try:
+        with tarfile.open(path, "r:") as archive:
+            _read_members(archive, path.stat().st_size, content, folders)
+            if any(_rest(path, archive.offset)):
+                content.problems.append("extra bytes behind the end of the archive")
+    except (tarfile.TarError, ValueError, OSError) as error:  # ValueError: a header that Python takes for damaged after all
+        if not content.found and content.manifest is None:
+            raise BadInput(f"{path} is no bundle: {error}") from error
+        content.problems.append(f"truncated archive: {error}")
+    return content, next(iter(folders)) if len(folders) == 1 else None
+
+
+def _read_members(archive: tarfile.TarFile, size_bytes: int, content: _Content, folders: set[str]) -> None:
+    for number, member in enumerate(archive):
+        if number >= MOST_FILES:
+            content.problems.append(f"unsafe: more than {MOST_FILES} files")
+            return
+        folder, _, name = member.name.partition("/")
+        if not member.isfile() or member.issparse() or not _is_safe(member.name) or not name:
+            what = "a link" if member.issym() or member.islnk() else "a plain file" if member.isfile() else "no plain file"
+            content.problems.append(f"unsafe {member.name!r} ({what}); do not unpack this archive")
+            continue
+        folders.add(folder)
+        if len(folders) > 1:
+            content.problems.append(f"extra {member.name} (outside the student's folder)")
+            folders.discard(folder)
+            continue
+        if name in content.found or (name == MANIFEST and content.manifest is not None):
+            content.problems.append(f"extra {name} (a second one)")
+            continue
+        stream = archive.extractfile(member)
+        assert stream is not None
+        if name == MANIFEST:
+            content.manifest = stream.read(MOST_MANIFEST_BYTES)
+            continue
+        try:
+            digest, num_read = digest_of_stream(stream)
+        except tarfile.ReadError:  # the archive ends within this file
+            content.found[name] = ("", max(0, size_bytes - member.offset_data), member.size)
+            raise
+        content.found[name] = (digest, num_read, member.size)
+
+
+def _rest(path: Path, offset: int) -> bytes:
+    """What stands behind the last file; zeros in an archive of ours."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(2**20)
+
+
+def _read_folder(path: Path) -> _Content:
+    content = _Content()
+    for root, folders, files in os.walk(path):
+        for name in [*files, *(folder for folder in folders if (Path(root) / folder).is_symlink())]:
+            file = Path(root) / name
+            inside = file.relative_to(path).as_posix()
+            if file.is_symlink() or not file.is_file():
+                content.problems.append(f"unsafe {inside!r} (a link or no plain file)")
+            elif inside == MANIFEST:
+                content.manifest = file.read_bytes()[:MOST_MANIFEST_BYTES]
+            else:
+                size_bytes = file.stat().st_size
+                content.found[inside] = (sha256_of(file), size_bytes, size_bytes)
+    return content

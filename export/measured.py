@@ -1,0 +1,147 @@
+"""A file of a student and what is measured on it, in its own runtime.
+
+Flow: files on disk -> logits on the test crops, latencies by turns, peak memory -> one `EdgeFile` each, not yet judged.
+Unit of data: one file. Shapes: N crops, H W pixels, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from distill.errors import DistillError
+from distill.machine import available_cores
+from export.edge import EdgeFile, Kind
+from export.files import sha256_of
+from export.label_space import Crops, Logits, kl_divergence, top1_agreement
+from export.latency import Latency, measure_latency
+from export.memory import peak_memory_bytes
+from export.quantize import int8_weight_share, weight_share
+from export.runtimes.runtime import Predict, RuntimeName, load_runtime
+from export.settings import StudentExportSettings
+
+Labels = npt.NDArray[np.integer]
+EVALUATION_BATCH = 64
+
+
+@dataclass(frozen=True)
+class MadeFile:
+    """A file that lies on the disk, and what its maker knows of it."""
+
+    kind: Kind
+    path: Path
+    runtime: RuntimeName = "onnxruntime"
+    beside: tuple[Path, ...] = ()
+    """Further files that belong to it."""
+    kept_in_float: tuple[str, ...] = ()
+    training_steps: int = 0
+    weights_as: Path | None = None
+    """The ONNX file whose weights it holds in the same types, where it is none itself."""
+    weight_shares: tuple[float, float] | None = None
+    """Shares of int8 and of half precision among its weights, where no ONNX file tells."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all its parts."""
+        return sum(part.stat().st_size for part in (self.path, *self.beside))
+
+    def shares(self) -> tuple[float, float]:
+        """Shares of int8 and of half precision among its weights."""
+        if self.weight_shares is not None:
+            return self.weight_shares
+        held = self.weights_as or self.path
+        return int8_weight_share(held), weight_share(held, onnx.TensorProto.FLOAT16)
+
+    def open(self, num_threads: int) -> Predict:
+        """In its runtime."""
+        return load_runtime(self.runtime).open_file(self.path, num_threads)
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """What quality is measured on."""
+
+    __test__ = False  # for pytest, which takes the name for its own
+
+    crops: Crops
+    labels: Labels | None
+    fp32_logits: Logits = field(repr=False)
+    """[N,K], of the ONNX fp32 file."""
+
+    def quality(self, logits_NK: Logits) -> dict[str, float | int | None]:
+        """Accuracy, agreement and KL, named as in `EdgeFile`."""
+        return {
+            "num_images": len(logits_NK),
+            "top1": None if self.labels is None else float((logits_NK.argmax(axis=1) == self.labels).mean()),
+            "agreement": top1_agreement(self.fp32_logits, logits_NK),
+            "kl": float(kl_divergence(self.fp32_logits, logits_NK).mean()),
+        }
+
+
+def logits_of(predict: Predict, crops_NHWC: Crops, name: str) -> Logits:
+    """Logits [N,K] of all crops.
+
+    Raises:
+        DistillError: NaN or infinite logits.
+    """
+    batches = [crops_NHWC[start : start + EVALUATION_BATCH] for start in range(0, len(crops_NHWC), EVALUATION_BATCH)]
+    logits_NK = np.concatenate([predict(batch) for batch in batches])
+    if not np.isfinite(logits_NK).all():
+        raise DistillError(f"{name} gives NaN or infinite logits on {int((~np.isfinite(logits_NK)).any(axis=1).sum())} test crops")
+    return logits_NK
+
+
+def measure_files(student: str, files: Sequence[MadeFile], tests: TestSet, settings: StudentExportSettings) -> list[EdgeFile]:
+    """Everything that `EdgeFile` has, of each file; all of them count as shipped until somebody judges them.
+
+    Args:
+        files: the ONNX fp32 file first.
+    """
+    rounds, repeats = settings.latency_rounds, settings.latency_repeats
+    crop_1HWC = tests.crops[:1]
+    on_one = {file.path.name: file.open(num_threads=1) for file in files}
+    quality = {name: tests.quality(logits_of(predict, tests.crops, name)) for name, predict in on_one.items()}
+    one = measure_latency(on_one, crop_1HWC, rounds, repeats)
+    del on_one
+    on_all = {file.path.name: file.open(num_threads=available_cores()) for file in files}
+    all_cores = measure_latency(on_all, crop_1HWC, rounds, repeats)
+    del on_all
+    fp32_bytes = files[0].size_bytes
+    return [
+        EdgeFile(
+            student=student,
+            kind=file.kind,
+            runtime=file.runtime,
+            path=file.path.name,
+            sha256=sha256_of(file.path),
+            beside={part.name: sha256_of(part) for part in file.beside},
+            size_bytes=file.size_bytes,
+            size_ratio=file.size_bytes / fp32_bytes,
+            int8_weight_share=file.shares()[0],
+            fp16_weight_share=file.shares()[1],
+            kept_in_float=file.kept_in_float,
+            trained_for_int8=file.training_steps > 0,
+            training_steps=file.training_steps,
+            peak_memory_bytes=peak_memory_bytes(file.runtime, file.path, tests.crops.shape[1]) if settings.peak_memory else None,
+            shipped=True,
+            reason="shipped: the fp32 file says what the network says (parity.json)",
+            **quality[file.path.name],
+            **_times(one[file.path.name], all_cores[file.path.name]),
+        )
+        for file in files
+    ]
+
+
+def _times(one: Latency, all_cores: Latency) -> dict[str, float]:
+    return {
+        "latency_p50_ms": one.p50_ms,
+        "latency_p99_ms": one.p99_ms,
+        "latency_ratio": one.ratio,
+        "latency_all_p50_ms": all_cores.p50_ms,
+        "latency_all_p99_ms": all_cores.p99_ms,
+    }

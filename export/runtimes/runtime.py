@@ -1,0 +1,71 @@
+"""What is asked of a runtime: open a file, run crops through it, say who it is; and where to find each.
+
+Unit of data: one file. Shapes: B crops, H W pixels, K classes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal, Protocol, cast
+
+from distill.errors import ConfigError
+from export.label_space import Crops, Logits
+
+RuntimeName = Literal["onnxruntime", "openvino", "executorch"]
+Predict = Callable[[Crops], Logits]
+"""uint8 crops [B,H,W,3] -> logits [B,K]."""
+
+
+class Runtime(Protocol):
+    """A module of this package."""
+
+    def open_file(self, path: Path, num_threads: int) -> Predict:
+        """Load a file on the CPU with so many threads.
+
+        Raises:
+            BadInput: the file is missing or the runtime refuses it.
+        """
+        ...
+
+    def engine(self) -> str:
+        """Name and version, as a person would write them."""
+        ...
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Where a runtime is."""
+
+    module: str
+    """Of ours."""
+    needs: tuple[str, ...]
+    """Importable packages that it cannot do without."""
+    extra: str
+    """Of ours, that installs them."""
+
+
+RUNTIMES: Mapping[RuntimeName, Spec] = MappingProxyType(
+    {
+        "onnxruntime": Spec("export.runtimes.onnx_runtime", ("onnxruntime",), "cpu"),
+        "openvino": Spec("export.runtimes.openvino_runtime", ("openvino",), "openvino"),
+        "executorch": Spec("export.runtimes.executorch_runtime", ("executorch",), "executorch"),
+    }
+)
+
+
+def load_runtime(name: RuntimeName) -> Runtime:
+    """The module of a runtime.
+
+    Raises:
+        ConfigError: its package is not installed; says how to install it.
+    """
+    spec = RUNTIMES[name]
+    missing = [package for package in spec.needs if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ConfigError(f"{name} needs {', '.join(missing)}, which is not installed: pip install 'distill-service[{spec.extra}]'")
+    return cast("Runtime", importlib.import_module(spec.module))
