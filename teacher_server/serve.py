@@ -115,9 +115,13 @@ def teacher_elsewhere(settings: ServerSettings, name: str, fingerprint: str | No
 
 
 def _remote(settings: ServerSettings, url: str, name: str) -> ServedTeacher:
-    from teacher_server.triton_process import canary_label  # brings tritonclient, which an embedded teacher does without
+    from teacher_server.activation import triton_control  # both bring tritonclient, which an embedded teacher does without
+    from teacher_server.triton_process import canary_label
 
     try:
+        with triton_control(url, load_timeout_s=settings.triton.start_timeout_s) as control:
+            if control.config(name) is None:  # such as the second teacher of a run, where Triton was started for the first
+                control.load(name)
         canary_label(url, name)
     except DistillError as error:
         raise ServerStartError(f"the Triton of server.triton.url gives no label: {error}") from error

@@ -1,11 +1,16 @@
 #!/bin/sh
-# Makes what is not there yet in /run/secrets (or the folder given): nothing in these images and files has a password of its own.
-#   keys.yaml          hashed API keys of the gateway (`distill keys add NAME` adds more)
-#   metrics_key        the key by which Prometheus reads the gateway's metrics
-#   ray_token          what Ray's processes and the trainer show each other
-#   grafana_password   of Grafana's user admin
+# Makes what is not there yet below /run/secrets (or the folder given): nothing in these images and files has a password of its own.
+# Each lies on a volume of its own, so that nobody reads what is for somebody else.
+#   gateway/keys.yaml          hashed API keys of the gateway (`distill keys add NAME` adds more)
+#   metrics/metrics_key        the key by which Prometheus reads the gateway's metrics
+#   ray/ray_token              what Ray's processes and the trainer show each other
+#   grafana/grafana_password   of Grafana's user admin
 set -eu
 umask 027
+if [ "$(id -u)" = 0 ] && [ -z "${1:-}" ]; then
+  echo "DISTILL_UID is 0: containers do not run as root; leave it at 1000 (and give ./runs to that user)" >&2
+  exit 2
+fi
 cd "${1:-/run/secrets}"
 
 random() { od -An -N32 -tx1 /dev/urandom | tr -d ' \n'; }
@@ -19,10 +24,11 @@ keep() {
   echo "made $1"
 }
 
-random | keep ray_token
-random | keep grafana_password
-if [ ! -s metrics_key ]; then
-  distill keys revoke prometheus --keys-file keys.yaml 2>/dev/null || true
-  distill keys add prometheus --keys-file keys.yaml | keep metrics_key
-  chmod 640 keys.yaml
+mkdir -p gateway metrics ray grafana
+random | keep ray/ray_token
+random | keep grafana/grafana_password
+if [ ! -s metrics/metrics_key ]; then
+  distill keys revoke prometheus --keys-file gateway/keys.yaml 2>/dev/null || true
+  distill keys add prometheus --keys-file gateway/keys.yaml | keep metrics/metrics_key
+  chmod 640 gateway/keys.yaml
 fi

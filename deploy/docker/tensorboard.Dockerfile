@@ -6,7 +6,7 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=igno
 RUN python -m venv /opt/tensorboard
 WORKDIR /src
 COPY constraints.txt ./
-RUN /opt/tensorboard/bin/pip install -c constraints.txt tensorboard setuptools
+RUN /opt/tensorboard/bin/pip install -c constraints.txt tensorboard
 
 FROM ${PYTHON_IMAGE}
 LABEL org.opencontainers.image.title="distill tensorboard"

@@ -58,21 +58,23 @@ def follow_job(cluster: str, command: Sequence[str], show: Callable[[str], None]
 
     text = shlex.join(command)
     client = _patiently(lambda: JobSubmissionClient(cluster), cluster, say, patience_s)
-    while True:
-        job_id = _patiently(lambda: _running(client, text), cluster, say, patience_s)
-        if job_id is not None:
-            say(f"job {job_id} runs this command already; it is followed")
-        else:
-            job_id = client.submit_job(entrypoint=text, metadata={COMMAND: text})
-            say(f"job {job_id} on {cluster}: {text}")
-        try:
-            return _follow(client, job_id, cluster, show, say, patience_s)
-        except _Forgotten:
-            say(f"the cluster's head was started anew and knows no job {job_id}; it is submitted again and goes on from what is kept")
-        except KeyboardInterrupt:
-            say(f"stopping job {job_id}; training writes a checkpoint first")
-            _stop(client, job_id)
-            raise
+    try:
+        while True:
+            job_id = _patiently(lambda: _running(client, text), cluster, say, patience_s)
+            if job_id is not None:
+                say(f"job {job_id} runs this command already; it is followed")
+            else:
+                job_id = client.submit_job(entrypoint=text, metadata={COMMAND: text})
+                say(f"job {job_id} on {cluster}: {text}")
+            try:
+                return _follow(client, job_id, cluster, show, say, patience_s)
+            except _Forgotten:
+                say(f"the cluster's head was started anew and knows no job {job_id}; it is submitted again and goes on from what is kept")
+    except KeyboardInterrupt:
+        say("stopping the job; training writes a checkpoint first")
+        with suppress(ConnectionError, RuntimeError, OSError):  # where nobody answers, there is nothing to stop
+            _stop(client, text)
+        raise
 
 
 class _Forgotten(Exception):
@@ -90,7 +92,7 @@ def _follow(client: Any, job_id: str, cluster: str, show: Callable[[str], None],
     while True:
         info = _patiently(lambda: _info(client, job_id), cluster, say, patience_s)
         if info.status.is_terminal():
-            log.whole(client.get_job_logs(job_id))
+            log.whole(_patiently(lambda: client.get_job_logs(job_id), cluster, say, patience_s))
             code = info.driver_exit_code
             return JobEnd(job_id, info.status.value, 0 if info.status.value == "SUCCEEDED" else code or 1)
         with suppress(ConnectionError, RuntimeError, OSError):  # whether the job goes on is asked above
@@ -132,7 +134,11 @@ def _info(client: Any, job_id: str) -> Any:
         raise
 
 
-def _stop(client: Any, job_id: str) -> None:
+def _stop(client: Any, text: str) -> None:
+    """Stop the job of this command, if there is one, and wait for its end."""
+    job_id = _running(client, text)
+    if job_id is None:
+        return
     client.stop_job(job_id)
     deadline = time.monotonic() + _STOPPED_AFTER_S
     while time.monotonic() < deadline and not client.get_job_status(job_id).is_terminal():

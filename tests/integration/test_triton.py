@@ -21,13 +21,14 @@ from PIL import Image
 
 from distill.errors import RequestRefused, ServerStartError, TeacherUnavailable
 from distill.wire import CROPS_MEDIA_TYPE, SOFT_LABELS_MEDIA_TYPE, decode_soft_labels, encode_crops
+from teacher_server.activation import triton_control
 from teacher_server.address import TeacherAddress, open_teacher
 from teacher_server.embedded import EmbeddedTeacher
 from teacher_server.serve import Gateway, open_backend
 from teacher_server.settings import ServerSettings, TritonSettings
 from teacher_server.triton import TritonTeacher
 from teacher_server.triton_home import TritonHome
-from teacher_server.triton_process import TritonProcess
+from teacher_server.triton_process import TritonProcess, canary_label
 
 pytestmark = pytest.mark.integration
 
@@ -278,3 +279,18 @@ async def labels_from_afar(address: TeacherAddress) -> Any:
         return await teacher.logits(CROPS)
     finally:
         await teacher.close()
+
+
+def test_a_running_triton_is_told_to_load_the_teacher_that_is_wanted(
+    triton: TritonProcess, tmp_path: Path, wait_until: Callable[..., Any]
+) -> None:
+    """The students' teacher of a run that distils itself first is another model than the one that Triton was started for."""
+    with triton_control(triton.url) as control:
+        control.unload("tiny")
+        wait_until(lambda: control.config("tiny") is None)
+        settings = ServerSettings(triton=TritonSettings(url=triton.url))
+        with open_backend(settings, tmp_path, "tiny", tmp_path) as served:
+            assert served.triton_url == triton.url
+            assert canary_label(triton.url, "tiny").name == "tiny"
+        with pytest.raises(ServerStartError, match="nobody"), open_backend(settings, tmp_path, "nobody", tmp_path):
+            pass
