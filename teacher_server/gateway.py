@@ -99,9 +99,9 @@ def create_app(
     document(app, keys=settings.auth == "keys")
     add_docs(app)
     add_page(app)
+    trace_requests(app, service.tracing, LABELS_PATH)  # inside the guard: strangers do not choose what is exported
     guard(app, access or Access(settings), hosts)
     count_requests(app, service.metrics, service.live, LABELS_PATH)
-    trace_requests(app, service.tracing, LABELS_PATH)
     seal(app, settings.max_body_bytes)
     return app
 

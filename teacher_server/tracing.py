@@ -1,8 +1,8 @@
 """Traces of requests, as OpenTelemetry has them: one span for the request, one for each part of its way, and the context goes on to Triton.
 
-Flow: the request's `traceparent`, if it has one -> a span around the request -> spans `decode`, `queue`, `teacher` in it ->
-`traceparent` in the gRPC metadata of each message (trace_context.py), so that Triton's own spans are part of the same trace -> a
-collector, by OTLP over HTTP. Nothing of OpenTelemetry is imported unless `server.tracing.endpoint` is set.
+Flow: a request that was let in (security.py) -> its `traceparent`, if it has one -> a span around the request -> spans `decode`, `queue`,
+`teacher` in it -> `traceparent` in the gRPC metadata of each message (trace_context.py), so that Triton's own spans are part of the same
+trace -> a collector, by OTLP over HTTP. Nothing of OpenTelemetry is imported unless `server.tracing.endpoint` is set.
 Unit of data: one span.
 
 Sources: https://www.w3.org/TR/trace-context/ ; names of attributes from OpenTelemetry's semantic conventions for HTTP.
@@ -32,6 +32,9 @@ Attributes = Mapping[str, str | int | float | bool]
 Kind = Literal["server", "internal", "client"]
 
 _EXPORT_TIMEOUT_S = 5
+
+_METHODS = frozenset({"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "QUERY", "TRACE"})
+"""Methods that a span may be named after; of any other word that a client makes up, OpenTelemetry wants `_OTHER` and the name `HTTP`."""
 
 
 class NoTracing:
@@ -135,9 +138,10 @@ class TraceRequests:
         if scope["type"] != "http" or scope["path"] != self._path:
             await self._app(scope, receive, send)
             return
-        attributes = {"http.request.method": scope["method"], "http.route": self._path}
+        known = scope["method"] in _METHODS
+        attributes = {"http.request.method": scope["method"] if known else "_OTHER", "http.route": self._path}
         sent = Headers(scope=scope)
-        with self._tracing.span(f"{scope['method']} {self._path}", "server", attributes, sent) as span:
+        with self._tracing.span(f"{scope['method'] if known else 'HTTP'} {self._path}", "server", attributes, sent) as span:
 
             async def watch(message: Message) -> None:
                 if span is not None and message["type"] == "http.response.start":
@@ -158,6 +162,6 @@ def _note_answer(span: Span, status: int, tenant: Any) -> None:
 
 
 def trace_requests(app: FastAPI, tracing: NoTracing, path: str) -> None:
-    """Put the tracing around an app, where there is any."""
+    """Put the tracing around an app, where there is any. Added before the guard, so inside it: who is refused there makes no span."""
     if isinstance(tracing, Tracing):
         app.add_middleware(TraceRequests, tracing=tracing, path=path)

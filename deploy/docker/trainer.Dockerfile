@@ -1,7 +1,7 @@
 # Everything that trains: the teacher's stages, Ray's head and workers, and the one that submits the run.
 #
 # EXTRAS=gpu,cluster,s3,timm (default)  CUDA: torch from PyPI brings its CUDA libraries, several GB
-# EXTRAS=cpu,cluster,s3,timm            with TORCH_INDEX=https://download.pytorch.org/whl/cpu: no CUDA, about 2 GB
+# EXTRAS=cpu,cluster,s3,timm            with TORCH_INDEX=https://download.pytorch.org/whl/cpu: no CUDA, 1.9 GB
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS build

@@ -1,5 +1,5 @@
 # Triton for machines without a GPU: the server of NVIDIA's wheel (2.51.0) with our ONNX Runtime backend, the one that `distill install-triton`
-# installs. 1 GB where NVIDIA's own image has 15; that one serves GPUs (docker-compose.yml).
+# installs. 335 MB on top of Python; NVIDIA's own image, which serves GPUs (docker-compose.yml), has many GB.
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS build

@@ -9,9 +9,11 @@ import copy
 import json
 import re
 import shlex
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ import jsonschema  # noqa: E402 - comes with kubernetes-validate
 
 from distill.cli.main import cli  # noqa: E402
 from distill.cli.run_file import read_run_file  # noqa: E402
+from teacher_server.serve import _STOP_TIMEOUT_S  # noqa: E402
 
 ROOT = Path(__file__).parents[3]
 CHART = ROOT / "deploy/helm/distill"
@@ -34,6 +37,7 @@ OLDEST, NEWEST = "1.29", "1.34"
 """Versions of Kubernetes whose schemas are asked; the chart states the oldest."""
 
 RUN = {"config": (ROOT / "recipes/quickstart.yaml").read_text()}
+SELF_DISTILLING = {"config": (ROOT / "recipes/cifar10.yaml").read_text()}
 CPU = {
     "run": RUN,
     "images": {"triton": "distill-triton-cpu:0.1.0", "trainer": "distill-trainer:0.1.0-cpu"},
@@ -84,9 +88,9 @@ COMBINATIONS = {"cpu": CPU, "gpu": GPU, "everything": EVERYTHING, "serving only"
 Object = dict[str, Any]
 
 
-def render(values: Object) -> list[Object]:
+def render(values: Object, chart: Path = CHART) -> list[Object]:
     """All objects of a release named `students` in the namespace `lab`."""
-    texts = helm.Chart.load(CHART).render(values, name="students", namespace="lab")
+    texts = helm.Chart.load(chart).render(values, name="students", namespace="lab")
     manifests = [text for path, text in texts.items() if not path.endswith("NOTES.txt")]
     return [found for text in manifests for found in yaml.safe_load_all(text) if found]
 
@@ -207,6 +211,8 @@ def test_a_kind_that_nobody_has_a_schema_for_fails() -> None:
         ({"run": {"overrides": ["train.epochs=3; rm -rf /"]}}, "overrides"),
         ({"trainer": {"workerGroups": []}}, "workerGroups"),
         ({"runs": {"size": "much"}}, "size"),
+        ({"gateway": {"drainSeconds": 60}}, "drainSeconds"),
+        ({"gpuContainers": {"readOnlyRootFilesystem": "no"}}, "gpuContainers"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_by_name(values: Object, told: str) -> None:
@@ -216,11 +222,132 @@ def test_a_value_that_cannot_be_is_refused_by_name(values: Object, told: str) ->
 
 @pytest.mark.parametrize(
     ("values", "told"),
-    [({}, "run.config"), ({**SERVING_ONLY, "gateway": {"ingress": {"enabled": True}}}, "gateway.ingress.host")],
+    [
+        ({}, "run.config"),
+        ({**SERVING_ONLY, "gateway": {"ingress": {"enabled": True}}}, "gateway.ingress.host"),
+        ({"run": RUN, "gateway": {"ingress": {"enabled": True, "host": "labels.example.com"}}}, "networkPolicy.gatewayFrom"),
+        ({"run": RUN, "triton": {"rollingUpdate": {"maxSurge": 0, "maxUnavailable": "0%"}}}, "triton.rollingUpdate"),
+        ({"run": SELF_DISTILLING, "model": "cifar10-teacher"}, "cifar10-teacher-self-distilled"),
+    ],
 )
 def test_what_is_missing_is_said(values: Object, told: str) -> None:
     with pytest.raises(helm.HelmError, match=re.escape(told)):
         render(values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"trainer": {"verb": "self-distill"}, "model": "cifar10-teacher"},
+        {"model": "cifar10-teacher-self-distilled"},
+        {"trainer": {"enabled": False}, "model": "cifar10-teacher"},
+    ],
+)
+def test_the_steps_of_a_run_with_self_distill_are_taken_one_by_one(values: Object) -> None:
+    assert render({"run": SELF_DISTILLING, **values})
+
+
+def test_an_ingress_without_policies_needs_no_name_of_its_controller() -> None:
+    ingress = {"gateway": {"ingress": {"enabled": True, "host": "labels.example.com"}}}
+    assert named(render({**SERVING_ONLY, **ingress}), "Ingress")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"images": {"trainer": "distill-trainer:0.1.1"}},
+        {"images": {"pullSecrets": ["registry"]}},
+        {"run": {"name": "other", **RUN}},
+        {"run": {"config": RUN["config"] + "\n# changed\n"}},
+        {"run": {**RUN, "overrides": ["train.epochs=3"]}},
+        {"run": {"existingConfigMap": "mine"}},
+        {"runs": {"existingClaim": "mine"}},
+        {"data": {"existingClaim": "images"}},
+        {"teacher": {"job": {"resources": {"limits": {"memory": "32Gi"}}}}},
+        {"teacher": {"job": {"nodeSelector": {"pool": "cpu"}}}},
+        {"trainer": {"secretEnv": ["s3"]}},
+        {"trainer": {"sharedMemory": "8Gi"}},
+        {"triton": {"resources": {"limits": {"nvidia.com/gpu": None}}}},
+        {"podSecurityContext": {"runAsUser": 2000}},
+    ],
+    ids=json.dumps,
+)
+def test_another_pod_or_run_file_is_another_job_because_a_job_cannot_be_changed(change: Object) -> None:
+    before, after = (named(render({"run": RUN, **values}), "Job")["metadata"]["name"] for values in ({}, change))
+    assert before != after
+
+
+def test_a_new_version_of_the_chart_is_another_job(tmp_path: Path) -> None:
+    chart = tmp_path / "distill"
+    shutil.copytree(CHART, chart)
+    about = (chart / "Chart.yaml").read_text()
+    (chart / "Chart.yaml").write_text(about.replace("version: 0.1.0", "version: 0.1.1", 1))
+    assert about != (chart / "Chart.yaml").read_text()
+    assert named(render({"run": RUN}, chart), "Job")["metadata"]["name"] != named(render({"run": RUN}), "Job")["metadata"]["name"]
+
+
+def test_what_the_job_does_not_hold_leaves_it_alone() -> None:
+    before = named(render({"run": RUN}), "Job")
+    others = {"gateway": {"replicas": 5}, "trainer": {"numWorkers": 4}, "triton": {"replicas": 3}, "images": {"triton": "tritonserver:1"}}
+    assert named(render({"run": RUN, **others}), "Job") == before
+    patient = named(render({"run": RUN, "teacher": {"job": {"backoffLimit": 9}}}), "Job")  # Kubernetes lets that be changed
+    assert patient == {**before, "spec": {**before["spec"], "backoffLimit": 9}}
+
+
+def words_of(objects: list[Object]) -> tuple[list[str], list[str]]:
+    """What `distill` is told by the teacher's job, and by the RayJob."""
+    return named(objects, "Job")["spec"]["template"]["spec"]["containers"][0]["args"], named(objects, "RayJob")["spec"][
+        "entrypoint"
+    ].split()
+
+
+@pytest.mark.parametrize(
+    ("limits", "kind"),
+    [({}, "gpu"), ({"nvidia.com/gpu": "2"}, "gpu"), ({"nvidia.com/gpu": None}, "cpu"), ({"nvidia.com/gpu": 0}, "cpu"),
+     ({"nvidia.com/gpu": None, "nvidia.com/mig-1g.10gb": 1}, "gpu")],
+)  # fmt: skip
+def test_the_teacher_runs_on_the_gpu_that_triton_holds_and_job_and_trainer_agree(limits: Object, kind: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(RUN["config"])
+    for words in words_of(render({"run": RUN, "triton": {"resources": {"limits": limits}}})):
+        file = read_run_file(tmp_path / "run.yaml", [word for word in words if re.match(r"[\w.]+=", word)])
+        assert file.teacher.repository.instance_kind == kind
+
+
+def test_an_override_has_the_last_word_on_where_the_teacher_runs(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(RUN["config"])
+    for words in words_of(render({"run": {**RUN, "overrides": ["teacher.repository.instance_kind=cpu"]}})):
+        file = read_run_file(tmp_path / "run.yaml", [word for word in words if re.match(r"[\w.]+=", word)])
+        assert file.teacher.repository.instance_kind == "cpu"
+
+
+def test_nothing_is_said_of_how_a_teacher_from_elsewhere_runs() -> None:
+    entrypoint = named(render({"run": RUN, "teacher": {"job": {"enabled": False}}}), "RayJob")["spec"]["entrypoint"]
+    assert "instance_kind" not in entrypoint
+
+
+def test_ray_is_told_to_look_at_the_disk_which_it_does_not_do_in_a_pod() -> None:
+    cluster = named(rendered("gpu"), "RayJob")["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        env = group["template"]["spec"]["containers"][0]["env"]
+        assert {"name": "RAY_DASHBOARD_ENABLE_K8S_DISK_USAGE", "value": "1"} in env
+    agent = next(Path(find_spec("ray").submodule_search_locations[0]).glob("dashboard/modules/reporter/reporter_agent.py"))  # type: ignore[union-attr,index]
+    assert 'os.environ.get("RAY_DASHBOARD_ENABLE_K8S_DISK_USAGE") == "1"' in agent.read_text()
+
+
+def test_a_full_pool_of_gpus_can_be_upgraded_by_ending_an_old_one_first() -> None:
+    for given, expected in (({}, (1, 0)), ({"maxSurge": 0, "maxUnavailable": 1}, (0, 1))):
+        spec = named(render({"run": RUN, "triton": {"rollingUpdate": given}}), "Deployment", "-triton")["spec"]
+        rolling = spec["strategy"]["rollingUpdate"]
+        assert (rolling["maxSurge"], rolling["maxUnavailable"]) == expected
+
+
+def test_a_root_that_must_be_writable_for_the_gpu_is_so_in_pods_with_a_gpu_only() -> None:
+    objects = render({**GPU, "gpuContainers": {"readOnlyRootFilesystem": False}})
+    for name, template in pods(objects):
+        containers = [*template["spec"]["containers"], *template["spec"].get("initContainers", ())]
+        has_gpu = any("nvidia.com/gpu" in container["resources"].get("limits", {}) for container in containers)
+        assert {container["securityContext"]["readOnlyRootFilesystem"] for container in containers} == {not has_gpu}, name
+        check({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x", **template["metadata"]}, "spec": template["spec"]}, NEWEST)
 
 
 def test_no_container_has_a_privilege_or_a_writable_root_or_takes_all_memory(objects: list[Object]) -> None:
@@ -292,7 +419,7 @@ def test_a_pod_has_time_to_finish_what_it_does() -> None:
     for name in ("-triton", "-gateway"):
         spec = named(rendered("gpu"), "Deployment", name)["spec"]["template"]["spec"]
         sleep = int(spec["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][1])
-        drain = {"-triton": 20, "-gateway": 10}[name]  # --exit-timeout-secs; teacher_server.serve
+        drain = {"-triton": 20, "-gateway": _STOP_TIMEOUT_S}[name]  # --exit-timeout-secs of the values
         assert spec["terminationGracePeriodSeconds"] > sleep + drain
 
 

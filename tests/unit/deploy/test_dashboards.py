@@ -99,7 +99,13 @@ def test_promtool_finds_nothing_wrong(tool: Tool) -> None:
 
 @pytest.mark.parametrize(
     ("was", "becomes"),
-    [("silent_seconds > 60", "silent_seconds > 6000"), ("> 400", "> 200"), ('reason!="CANCELED"', 'reason!="x"'), ("/ 1e6", "/ 1e3")],
+    [
+        ("silent_seconds > 60", "silent_seconds > 6000"),
+        ("> 400", "> 200"),
+        ('reason!="CANCELED"', 'reason!="x"'),
+        ("/ 1e6", "/ 1e3"),
+        ("> 0 unless", "> 9 unless"),
+    ],
 )
 def test_a_rule_that_says_something_else_fails_its_test(was: str, becomes: str, tool: Tool, tmp_path: Path) -> None:
     text = (PROMETHEUS / "alerts.yml").read_text()

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -20,6 +21,7 @@ from teacher_server.backend import TeacherBackend
 from teacher_server.embedded import EmbeddedTeacher, Engine
 from teacher_server.fake import FakeTeacher
 from teacher_server.gateway import create_app
+from teacher_server.key_file import KeyFile, new_key, write_keys
 from teacher_server.pool import PooledTeacher
 from teacher_server.rest import RestTeacher
 from teacher_server.serve import Gateway
@@ -32,6 +34,7 @@ pytest.importorskip("opentelemetry.sdk.trace", reason="the extra `tracing` is no
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
 from opentelemetry.trace import SpanKind, StatusCode
 
 TRACE, SENDER = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -40,11 +43,11 @@ CROPS = encode_crops(np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.
 
 
 class Collected:
-    """Where spans go in these tests."""
+    """Where spans go in these tests; `share` is that of the settings."""
 
-    def __init__(self) -> None:
+    def __init__(self, share: float = 1.0) -> None:
         self.exporter = InMemorySpanExporter()
-        provider = TracerProvider()
+        provider = TracerProvider(sampler=ParentBasedTraceIdRatio(share))
         provider.add_span_processor(SimpleSpanProcessor(self.exporter))
         self.tracing = Tracing(provider)
 
@@ -56,13 +59,19 @@ class Collected:
 
 
 def ask(
-    teacher: TeacherBackend, tracing: NoTracing | None, headers: dict[str, str], body: bytes = CROPS, **settings: Any
+    teacher: TeacherBackend,
+    tracing: NoTracing | None,
+    headers: dict[str, str],
+    body: bytes = CROPS,
+    method: str = "POST",
+    hosts: frozenset[str] | None = None,
+    **settings: Any,
 ) -> httpx.Response:
     async def scenario() -> httpx.Response:
-        app = create_app(teacher, ServerSettings(**{"auth": "none", **settings}), tracing=tracing)
+        app = create_app(teacher, ServerSettings(**{"auth": "none", **settings}), hosts=hosts, tracing=tracing)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
             await client.get("/healthz")
-            return await client.post(LABELS_PATH, content=body, headers={"Content-Type": CROPS_MEDIA_TYPE, **headers})
+            return await client.request(method, LABELS_PATH, content=body, headers={"Content-Type": CROPS_MEDIA_TYPE, **headers})
 
     return asyncio.run(scenario())
 
@@ -157,6 +166,36 @@ def test_a_failure_is_told_by_status_and_type_and_never_by_what_a_client_sent(
         assert (span.events, span.status.description) == ((), None)
     if status == 503:
         assert (spans["teacher"].attributes or {})["error.type"] == "TeacherUnavailable"
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_who_has_no_key_makes_no_span_whatever_traceparent_he_sends(share: float, tmp_path: Path) -> None:
+    (key, entry), (unknown, _) = new_key("alice"), new_key("mallory")
+    path, collected = tmp_path / "keys.yaml", Collected(share)
+    write_keys(path, KeyFile(keys=(entry,)))
+
+    def status(headers: dict[str, str]) -> int:
+        return ask(FakeTeacher(), collected.tracing, {**SENT, **headers}, auth="keys", keys_file=str(path)).status_code
+
+    assert (status({}), status({"Authorization": f"Bearer {unknown}"})) == (401, 401)
+    assert collected.spans() == {}
+    assert status({"Authorization": f"Bearer {key}"}) == 200
+    assert f"{collected.spans()[f'POST {LABELS_PATH}'].context.trace_id:032x}" == TRACE
+
+
+def test_a_request_for_a_strangers_name_makes_no_span() -> None:
+    collected = Collected()
+    answer = ask(FakeTeacher(), collected.tracing, {**SENT, "host": "evil.example.com"}, hosts=frozenset({"gateway"}))
+    assert answer.status_code == 403
+    assert collected.spans() == {}
+
+
+@pytest.mark.parametrize(("method", "name", "kept"), [("GET", "GET", "GET"), ("X" * 4000, "HTTP", "_OTHER")])
+def test_a_method_that_a_client_made_up_is_not_exported(method: str, name: str, kept: str) -> None:
+    collected = Collected()
+    assert ask(FakeTeacher(), collected.tracing, SENT, method=method).status_code == 405
+    (span,) = collected.spans().values()
+    assert (span.name, (span.attributes or {})["http.request.method"]) == (f"{name} {LABELS_PATH}", kept)
 
 
 def test_where_no_collector_is_named_nothing_of_it_is_loaded() -> None:

@@ -35,11 +35,38 @@ imagePullSecrets:
 {{- end }}
 {{- end }}
 
+{{/* Whether these resources hold a GPU, or a part of one: words or nothing. */}}
+{{- define "distill.hasGpu" -}}
+{{- range $name, $count := .limits }}
+{{- if and (hasPrefix "nvidia.com/" $name) (int $count) }}{{ $name }}{{ end }}
+{{- end }}
+{{- end }}
+
+{{/* What a container may do: (list $ RESOURCES-OF-ITS-POD), or $ for one in a pod without a GPU. */}}
 {{- define "distill.container" -}}
 securityContext:
   allowPrivilegeEscalation: false
+  {{- if and (kindIs "slice" .) (include "distill.hasGpu" (last .)) }}
+  readOnlyRootFilesystem: {{ (first .).Values.gpuContainers.readOnlyRootFilesystem }}
+  {{- else }}
   readOnlyRootFilesystem: true
+  {{- end }}
   capabilities: {drop: [ALL]}
+{{- end }}
+
+{{/*
+Settings that the teacher's job and the trainer share, as a list: with different ones the trainer would take the teacher for another one.
+For the same reason nothing is said of a teacher that was made elsewhere. Of several words for one setting the last counts: `run.overrides`
+win.
+*/}}
+{{- define "distill.settings" -}}
+- run_dir=/work/runs/{{ .Values.run.name }}
+{{- if and (include "distill.hasGpu" .Values.triton.resources) (or .Values.teacher.job.enabled (eq .Values.trainer.verb "quickstart")) }}
+- teacher.repository.instance_kind=gpu  # the default is to serve on the CPU
+{{- end }}
+{{- with .Values.run.overrides }}
+{{ toYaml . }}
+{{- end }}
 {{- end }}
 
 {{- define "distill.place" -}}
@@ -110,6 +137,11 @@ livenessProbe:
   failureThreshold: 30
 {{- end }}
 
+{{/* Otherwise Ray says that the disk of a pod is empty. */}}
+{{- define "distill.rayDisk" -}}
+- {name: RAY_DASHBOARD_ENABLE_K8S_DISK_USAGE, value: "1"}
+{{- end }}
+
 {{- define "distill.secretEnv" -}}
 {{- with .Values.trainer.secretEnv }}
 envFrom:
@@ -125,5 +157,15 @@ envFrom:
 {{- end }}
 {{- if and .Values.gateway.ingress.enabled (not .Values.gateway.ingress.host) }}
 {{- fail "gateway.ingress.enabled needs gateway.ingress.host" }}
+{{- end }}
+{{- if and .Values.gateway.ingress.enabled .Values.networkPolicy.enabled (not .Values.networkPolicy.gatewayFrom) }}
+{{- fail "gateway.ingress.enabled, and networkPolicy.gatewayFrom lets only pods of this namespace ask the gateway: name the ingress controller there, such as [{namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: ingress-nginx}}}], or [{podSelector: {}}] where it is in this namespace" }}
+{{- end }}
+{{- $rolling := .Values.triton.rollingUpdate }}
+{{- if and (eq (toString $rolling.maxSurge | trimSuffix "%") "0") (eq (toString $rolling.maxUnavailable | trimSuffix "%") "0") }}
+{{- fail "triton.rollingUpdate: maxSurge and maxUnavailable are both 0, so no Triton could ever be replaced; make one of them 1" }}
+{{- end }}
+{{- if and .Values.trainer.enabled (ne .Values.trainer.verb "self-distill") (not (kindIs "invalid" (index (fromYaml .Values.run.config) "self_distill"))) (not (hasSuffix "-self-distilled" .Values.model)) }}
+{{- fail (printf "the run file has self_distill, so its students ask %s-self-distilled, and Triton loads %s alone; take self_distill out of it, or see `A run with self_distill` in docs/kubernetes.md" .Values.model .Values.model) }}
 {{- end }}
 {{- end }}
