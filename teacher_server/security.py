@@ -161,8 +161,8 @@ def needs_key(path: str) -> bool:
 
 
 def guard(app: FastAPI, access: Access, hosts: frozenset[str] | None = None) -> None:
-    """Ask for keys, and for one of `hosts` if there are any. What is added later, such as the counting, sees the refusals too; what was added
-    before, such as the tracing, does not."""
+    """Ask for keys, and for one of `hosts` if there are any. What is added later, such as the counting, sees the refusals too; what was
+    added before, such as the tracing, does not."""
     app.add_middleware(RequireKey, access=access)
     if hosts is not None:
         app.add_middleware(RequireOwnHost, hosts=hosts)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,10 +13,10 @@ from tritonclient.utils import InferenceServerException
 
 from distill.errors import DistillError, RequestRefused, TeacherAnswerError, TeacherChanged, TeacherUnavailable
 from distill.teacher_info import METADATA_KEY, Preprocessing, TeacherInfo
-from teacher_server import backend, triton, triton_process
+from teacher_server import backend, triton
 from teacher_server.address import TeacherAddress, open_teacher
 from teacher_server.fake import fake_logits
-from teacher_server.serve import open_backend
+from teacher_server.serve import teacher_elsewhere
 from teacher_server.settings import ServerSettings, TritonSettings
 from teacher_server.triton import TritonTeacher, VersionGone, WorkerLost, translated
 
@@ -221,11 +220,8 @@ def test_a_model_that_is_no_teacher_is_refused() -> None:
         asyncio.run(teacher_over(Foreign()).info())
 
 
-def test_a_worker_has_few_messages_under_way_and_the_gateway_as_many_as_it_lets_images_through(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_worker_has_few_messages_under_way_and_the_gateway_as_many_as_it_lets_images_through() -> None:
     """Triton can make a batch of single images only of those that have reached it."""
-    monkeypatch.setattr(triton_process, "canary_label", lambda url, name: None)
 
     class Holding(FakeChannel):
         async def infer(self, *args: Any, **options: Any) -> Any:
@@ -244,8 +240,8 @@ def test_a_worker_has_few_messages_under_way_and_the_gateway_as_many_as_it_lets_
         return len(channel.batches)
 
     settings = ServerSettings(triton=TritonSettings(url="h:1"), max_images_in_flight=20)
-    with open_backend(settings, tmp_path, "m", tmp_path) as served:
-        assert asyncio.run(most(served.connect())) == 20
-        address = TeacherAddress.model_validate_json(served.address.model_dump_json())
-        assert asyncio.run(most(open_teacher(address))) == 8
-        assert asyncio.run(most(open_teacher(address.replace(max_in_flight=3)))) == 3
+    served = teacher_elsewhere(settings, "m")
+    assert asyncio.run(most(served.connect())) == 20
+    address = TeacherAddress.model_validate_json(served.address.model_dump_json())
+    assert asyncio.run(most(open_teacher(address))) == 8
+    assert asyncio.run(most(open_teacher(address.replace(max_in_flight=3)))) == 3
