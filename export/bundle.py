@@ -54,6 +54,8 @@ def make_bundle(folder: Path, target: Path) -> BundleManifest:
                 with (folder / name).open("rb") as content:
                     archive.addfile(_entry(manifest.student, name, manifest.files[name].size_bytes), content)
         digest = sha256_of(pending)
+        with pending.open("rb") as written:
+            os.fsync(written.fileno())
         pending.replace(target)
     finally:
         pending.unlink(missing_ok=True)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import tarfile
+from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -15,10 +17,14 @@ from pydantic import ValidationError
 
 from distill.errors import BadInput
 from export.bundle_manifest import MANIFEST, BundleManifest, checksum_of, digest_of_stream
-from export.files import sha256_of
+from export.files import first_line, sha256_of
 
 MOST_FILES = 10_000
+SPECIAL_BITS = 0o7000
+"""Of a file's mode: it would run as its owner or group, or stick."""
 MOST_MANIFEST_BYTES = 2**24
+_BROKEN = (tarfile.TarError, ValueError, OSError, RecursionError, MemoryError)
+"""ValueError: a header that Python takes for damaged after all. The last two: thousands of headers before one file, or a huge one."""
 
 
 @dataclass
@@ -66,6 +72,8 @@ def check_bundle(path: Path) -> BundleCheck:
 def _differences(manifest: BundleManifest, content: _Content) -> list[str]:
     problems = []
     for name, wanted in sorted(manifest.files.items()):
+        if not _is_safe(name):  # said already
+            continue
         if name not in content.found:
             problems.append(f"missing {name}")
             continue
@@ -86,15 +94,29 @@ def _parse(content: _Content, check: BundleCheck) -> BundleManifest | None:
     except (ValueError, ValidationError, RecursionError) as error:
         check.problems.append(f"altered {MANIFEST}: it cannot be read ({' '.join(str(error).split())[:120]})")
         return None
-    unsafe = [name for name in manifest.files if not _is_safe(name)]
+    unsafe = [name for name in (manifest.student, *manifest.files) if not _is_safe(name)]
     check.problems += [f"unsafe {name!r} in {MANIFEST}" for name in unsafe]
+    if manifest.recommended not in manifest.files:
+        check.problems.append(f"missing {manifest.recommended!r}, which {MANIFEST} recommends")
+    check.problems += _clashes({MANIFEST, *manifest.files, *content.found})
     return manifest
 
 
+def _clashes(names: Collection[str]) -> list[str]:
+    """Names that cannot lie side by side on every disk: equal but for upper and lower case, or a file that would have to be a folder."""
+    taken = Counter(name.casefold() for name in names)
+    taken.update({str(folder).casefold() for name in names for folder in PurePosixPath(name).parents})
+    return [
+        f"unsafe {name!r}: some disks take it for another file or folder of the bundle"
+        for name in sorted(names)
+        if taken[name.casefold()] > 1
+    ]
+
+
 def _is_safe(name: str) -> bool:
-    """Whether unpacking it could only write into the folder that somebody chose."""
+    """Whether unpacking it could only write into the folder that somebody chose, and naming it cannot steer a terminal."""
     parts = name.split("/")
-    return bool(name) and not PurePosixPath(name).is_absolute() and not {"", ".", ".."} & {*parts} and not set(name) & {"\\", ":", "\0"}
+    return name.isprintable() and not PurePosixPath(name).is_absolute() and not {"", ".", ".."} & {*parts} and not {*name} & {"\\", ":"}
 
 
 def _read_archive(path: Path) -> tuple[_Content, str | None]:
@@ -110,12 +132,12 @@ def _read_archive(path: Path) -> tuple[_Content, str | None]:
     try:
         with tarfile.open(path, "r:") as archive:
             _read_members(archive, path.stat().st_size, content, folders)
-            if any(_rest(path, archive.offset)):
+            if _has_rest(path, archive.offset):
                 content.problems.append("extra bytes behind the end of the archive")
-    except (tarfile.TarError, ValueError, OSError) as error:  # ValueError: a header that Python takes for damaged after all
+    except _BROKEN as error:
         if not content.found and content.manifest is None:
-            raise BadInput(f"{path} is no bundle: {error}") from error
-        content.problems.append(f"truncated archive: {error}")
+            raise BadInput(f"{path} is no bundle: {first_line(error)}") from error
+        content.problems.append(f"truncated archive: {first_line(error)}")
     return content, next(iter(folders)) if len(folders) == 1 else None
 
 
@@ -125,8 +147,9 @@ def _read_members(archive: tarfile.TarFile, size_bytes: int, content: _Content, 
             content.problems.append(f"unsafe: more than {MOST_FILES} files")
             return
         folder, _, name = member.name.partition("/")
-        if not member.isfile() or member.issparse() or not _is_safe(member.name) or not name:
+        if not member.isfile() or member.issparse() or member.mode & SPECIAL_BITS or not _is_safe(member.name) or not name:
             what = "a link" if member.issym() or member.islnk() else "a plain file" if member.isfile() else "no plain file"
+            what = f"mode {member.mode:o}" if member.mode & SPECIAL_BITS else what
             content.problems.append(f"unsafe {member.name!r} ({what}); do not unpack this archive")
             continue
         folders.add(folder)
@@ -150,11 +173,11 @@ def _read_members(archive: tarfile.TarFile, size_bytes: int, content: _Content, 
         content.found[name] = (digest, num_read, member.size)
 
 
-def _rest(path: Path, offset: int) -> bytes:
-    """What stands behind the last file; zeros in an archive of ours."""
+def _has_rest(path: Path, offset: int) -> bool:
+    """Whether anything but zeros stands behind the last file, however far behind."""
     with path.open("rb") as file:
         file.seek(offset)
-        return file.read(2**20)
+        return any(chunk.strip(b"\0") for chunk in iter(lambda: file.read(2**20), b""))
 
 
 def _read_folder(path: Path) -> _Content:
@@ -163,8 +186,8 @@ def _read_folder(path: Path) -> _Content:
         for name in [*files, *(folder for folder in folders if (Path(root) / folder).is_symlink())]:
             file = Path(root) / name
             inside = file.relative_to(path).as_posix()
-            if file.is_symlink() or not file.is_file():
-                content.problems.append(f"unsafe {inside!r} (a link or no plain file)")
+            if file.is_symlink() or not file.is_file() or not _is_safe(inside):
+                content.problems.append(f"unsafe {inside!r} (a link, no plain file, or no plain name)")
             elif inside == MANIFEST:
                 content.manifest = file.read_bytes()[:MOST_MANIFEST_BYTES]
             else:

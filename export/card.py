@@ -16,8 +16,10 @@ from distill import __version__
 from distill.config import Section
 from export.edge import EdgeFile, EdgeReport
 from export.files import write_atomically
+from export.settings import Int8Gate
 
 CARD_JSON, CARD_MARKDOWN = "card.json", "card.md"
+_GATE = Int8Gate()
 
 
 class ImageSet(Section):
@@ -26,9 +28,9 @@ class ImageSet(Section):
     used_for: str
     """What it was used for."""
     path: str
-    """Where it lay, as the run file says."""
+    """Where it lay: a URL, or the last part of a path, as the rest says more of a machine than of images."""
     num_images: int
-    """Images in it, labelled or not, usable or not."""
+    """Images in it, usable or not; of labelled images those that the run may use."""
     content_digest: str
     """Names its content."""
 
@@ -63,8 +65,13 @@ class StudentCard(Section):
         write_atomically(folder / CARD_MARKDOWN, markdown(self).encode())
 
 
-def limits_of(edge: EdgeReport, numbers: dict[str, Any] | None) -> tuple[str, ...]:
-    """What follows from the numbers for whoever deploys the student."""
+def limits_of(edge: EdgeReport, numbers: dict[str, Any] | None, max_accuracy_drop: float = _GATE.max_accuracy_drop) -> tuple[str, ...]:
+    """What follows from the numbers for whoever deploys the student.
+
+    Args:
+        numbers: as in `StudentCard`.
+        max_accuracy_drop: the gate's limit, as a share.
+    """
     how, files = edge.student.preprocessing, edge.files
     said = [
         f"It knows {len(edge.student.class_names)} classes and names one of them for every image, also for one that shows none of them.",
@@ -76,8 +83,15 @@ def limits_of(edge: EdgeReport, numbers: dict[str, Any] | None) -> tuple[str, ..
     if top1 is None:
         said.append(f"The {count} test crops had no labels: only the agreement with the fp32 file is known, not the accuracy.")
     else:
-        error = math.sqrt(top1 * (1 - top1) / count)
+        likely = (top1 * count + 2) / (count + 4)  # Agresti and Coull 1998: no error of 0 where all few images are right
+        error = math.sqrt(likely * (1 - likely) / (count + 4))
         said.append(f"Accuracy is that of {count} test images (standard error {100 * error:.1f} points), of one training.")
+    if 1 / count > max_accuracy_drop:
+        said.append(
+            f"With {count} test crops one of them is {1 / count:.1%}, more than the {max_accuracy_drop:.1%} that the gate lets a file lose."
+        )
+    if len(edge.int8_attempts) > 1:
+        said.append(f"The int8 file is one of {len(edge.int8_attempts)} attempts, all judged on these same test crops.")
     if numbers is None:
         said.append("The run was not evaluated: nothing is known of its calibration and of its nearness to the teacher.")
     said += [f"{file.path.rpartition('/')[2]}: {file.reason}." for file in files if not file.shipped]
@@ -133,6 +147,7 @@ def markdown(card: StudentCard) -> str:
         "## Checksums (SHA-256)",
         "",
         *(f"- `{digest}` {_text(name)}" for file in edge.files for name, digest in {file.path: file.sha256, **file.beside}.items()),
+        *(f"- `{digest}` {_text(name)}" for package in edge.not_measured for name, digest in package.files.items()),
         "",
         f"Made by {card.made_by}. The same for programs: {CARD_JSON}.",
     ]

@@ -64,6 +64,8 @@ class EdgeFile(Section):
     """Steps of that fine-tuning."""
     num_images: int
     """Test crops that accuracy, agreement and KL were measured on."""
+    num_without_answer: int = 0
+    """Test crops whose logits are infinite or no numbers: they count as wrong, and as if all classes were equally likely. fp32 has none."""
     top1: float | None
     """Accuracy on the test crops; null without labels."""
     agreement: float
@@ -79,8 +81,8 @@ class EdgeFile(Section):
     latency_all_p99_ms: float
     """As `latency_p99_ms`, on all cores."""
     peak_memory_bytes: int | None
-    """Memory that loading and running it added to a fresh process with the runtime alone; null where the system does not tell, or nobody
-    asked."""
+    """Memory that loading and running it added to a fresh process with the runtime alone; null where the system does not tell, nobody
+    asked, or that process failed (the log says how)."""
     size_ratio: float
     """Size divided by that of the ONNX fp32 file."""
     latency_ratio: float
@@ -123,6 +125,9 @@ class Int8Attempt(Section):
     """As in `EdgeFile`."""
     latency_ratio: float
     """As in `EdgeFile`, of a short measurement."""
+    calibration_kl: float | None = None
+    """Mean KL(fp32 || this file) over the calibration crops, in nats: what the choice among those goes by that the gate likes equally. Null
+    in files of an earlier version."""
     complaints: tuple[str, ...]
     """What the gate had against it."""
     chosen: bool = False

@@ -2,7 +2,8 @@
 
     plain -> 7-bit weights (processors whose 8-bit multiply-add saturates) -> sensitive layers in float -> fine-tuned for int8
 
-Every file on the way is measured on the test crops in ONNX Runtime and kept in the account (`Int8Attempt`); the best is the int8 file.
+Every file on the way is measured in ONNX Runtime and kept in the account (`Int8Attempt`). The test crops say whether the gate likes it;
+among those that it likes equally, the one nearest to fp32 on the calibration crops is the int8 file.
 Unit of data: one attempt.
 """
 
@@ -16,12 +17,13 @@ from pathlib import Path
 
 from torch import nn
 
+from distill.errors import DistillError
 from export.edge import EdgeFile, Int8Attempt
-from export.gate import accuracy_lost, int8_complaints, is_inaccurate
+from export.gate import int8_complaints, is_inaccurate
 from export.graph import export_student_graph
 from export.label_space import Crops
 from export.latency import measure_latency
-from export.measured import MadeFile, TestSet, logits_of
+from export.measured import MadeFile, TestSet, answers_of, logits_of
 from export.quantize import Quantizer, int8_weight_share
 from export.sensitive import find_sensitive_layers
 from export.settings import StudentExportSettings
@@ -51,6 +53,7 @@ class _Tried:
     account: Int8Attempt
     made: MadeFile
     figures: EdgeFile
+    calibration_kl: float
     reduce_range: bool
     network: nn.Module
 
@@ -108,6 +111,7 @@ class _Work:
         self._network, self._fp32, self._crops, self._tests, self._settings, self._folder = network, fp32, crops, tests, settings, folder
         self._fp32_file = MadeFile("fp32", fp32)
         self._reference = _figures(self._fp32_file, self._tests.quality(tests.fp32_logits), 1.0, 1.0)
+        self._calibration = TestSet(crops, None, logits_of(self._fp32_file.open(num_threads=1), crops, fp32.name))
         self._quantizer = self._quantizer_of(fp32, "plain")
         self.tried: list[_Tried] = []
         self.notes: list[str] = []
@@ -120,11 +124,14 @@ class _Work:
     @property
     def is_inaccurate(self) -> bool:
         """Whether every file so far loses too much accuracy."""
-        return all(is_inaccurate(tried.figures, self._reference, self._settings.gate) for tried in self.tried)
+        return all(self._is_inaccurate(tried) for tried in self.tried)
+
+    def _is_inaccurate(self, tried: _Tried) -> bool:
+        return is_inaccurate(tried.figures, self._reference, self._settings.gate)
 
     def best(self) -> _Tried:
-        """With the fewest complaints; of those the most accurate, the first of equals."""
-        return min(self.tried, key=lambda tried: (len(tried.account.complaints), accuracy_lost(tried.figures, self._reference)[0]))
+        """With the fewest complaints; of those the nearest to fp32 on the calibration crops, the first of equals."""
+        return min(self.tried, key=lambda tried: (len(tried.account.complaints), tried.calibration_kl))
 
     def try_plain(self) -> None:
         bits = 7 if self._settings.reduce_range else 8
@@ -134,9 +141,13 @@ class _Work:
 
     def try_sensitive_layers(self) -> None:
         s, reduce_range = self._settings, self._better_range()
-        found = find_sensitive_layers(
-            self._quantizer, self._fp32, self._crops, s.sensitive_layers, s.gate, self._folder, reduce_range
-        )  # fmt: skip
+        try:
+            found = find_sensitive_layers(
+                self._quantizer, self._fp32, self._crops, s.sensitive_layers, s.gate, self._folder, reduce_range
+            )  # fmt: skip
+        except DistillError as error:
+            self.notes.append(f"layers that hurt were not found: {error}")
+            return
         self.notes.append(found.describe())
         if found.keep_in_float:
             self._try(self._quantizer, found.describe(), reduce_range=reduce_range, keep_in_float=found.keep_in_float)
@@ -144,9 +155,10 @@ class _Work:
     def try_training(self, fine_tune: FineTune | None) -> None:
         """Fine-tune the student and quantise what comes out, where that is wanted."""
         when = self._settings.quantised_training.when
-        # A file that is too slow or too large is not helped by other weights.
-        wanted = when == "always" or (when == "auto" and self.is_inaccurate)
-        if not wanted:
+        # A file that is too slow or too large is not helped by other weights; one with layers in float may be so because of them.
+        plain = [tried for tried in self.tried if not tried.made.kept_in_float]
+        needed = all(tried.account.complaints for tried in self.tried) and all(map(self._is_inaccurate, plain))
+        if when == "never" or (when == "auto" and not needed):
             return
         if fine_tune is None:
             self.notes.append("not fine-tuned for int8: no soft labels were at hand")
@@ -163,8 +175,8 @@ class _Work:
         self._try(quantizer, how, reduce_range=reduce_range, training_steps=trained.steps, network=trained.network)
 
     def _better_range(self) -> bool:
-        """Whether 7-bit weights lost less than 8-bit ones."""
-        return min(self.tried, key=lambda tried: accuracy_lost(tried.figures, self._reference)[0]).reduce_range
+        """Whether 7-bit weights are nearer to fp32 than 8-bit ones."""
+        return min(self.tried, key=lambda tried: tried.calibration_kl).reduce_range
 
     def _try(
         self,
@@ -180,7 +192,8 @@ class _Work:
         quantizer.write(path, keep_in_float=keep_in_float, reduce_range=reduce_range)
         made = MadeFile("int8", path, kept_in_float=keep_in_float, training_steps=training_steps)
         predict = made.open(num_threads=1)
-        quality = self._tests.quality(logits_of(predict, self._tests.crops, how))
+        quality = self._tests.quality(answers_of(predict, self._tests.crops))
+        calibration_kl = float(self._calibration.quality(answers_of(predict, self._crops))["kl"] or 0.0)
         files = {"fp32": self._fp32_file.open(num_threads=1), "int8": predict}
         latency = measure_latency(files, self._tests.crops[:1], SHORT_ROUNDS, SHORT_REPEATS)
         figures = _figures(made, quality, path.stat().st_size / self._fp32.stat().st_size, latency["int8"].ratio)
@@ -191,9 +204,10 @@ class _Work:
             complaints=int8_complaints(figures, self._reference, self._settings.gate),
             size_ratio=figures.size_ratio,
             latency_ratio=figures.latency_ratio,
+            calibration_kl=calibration_kl,
             **{name: quality[name] for name in ("top1", "agreement", "kl")},
         )
-        self.tried.append(_Tried(account, made, figures, reduce_range, network or self._network))
+        self.tried.append(_Tried(account, made, figures, calibration_kl, reduce_range, network or self._network))
 
 
 def _figures(made: MadeFile, quality: dict[str, float | int | None], size_ratio: float, latency_ratio: float) -> EdgeFile:

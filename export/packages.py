@@ -73,13 +73,11 @@ def require_formats(formats: Sequence[EdgeFormat]) -> None:
     """Refuse what cannot be made.
 
     Raises:
-        ConfigError: a package is not installed, or this version writes no such format.
+        ConfigError: a package is not installed.
     """
     for name in formats:
         if name == "onnx":
             continue
-        if name not in CONVERTERS:
-            raise ConfigError(f"edge.formats: {name} is not written by this version; known are: onnx, {', '.join(CONVERTERS)}")
         missing = [package for package in CONVERTERS[name][1] if importlib.util.find_spec(package) is None]
         if missing:
             raise ConfigError(

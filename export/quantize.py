@@ -14,7 +14,7 @@ import contextlib
 import io
 import logging
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import onnx
@@ -32,6 +32,9 @@ from export.sessions import ORT_ERRORS
 
 WEIGHTED_OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 """Operators that hold nearly all weights of an image classifier: their second input."""
+
+_SAME_NUMBERS = ("DequantizeLinear", "QuantizeLinear", "Identity", "Transpose", "Reshape", "Cast")
+"""Operators behind which stand the same weights, in the type that the file really holds."""
 
 _QUANTIZER_ERRORS: tuple[type[Exception], ...] = (*ORT_ERRORS, TypeError, KeyError, AttributeError, AssertionError)
 """The last four come from operators that the quantiser does not know."""
@@ -151,18 +154,33 @@ def int8_weight_share(path: Path) -> float:
 
 
 def weight_share(path: Path, data_type: int) -> float:
-    """Share, by count, of the weights of convolutions and matrix products that the file holds as this `onnx.TensorProto` type."""
+    """Share, by count, of the weights of convolutions and matrix products that the file holds as this `onnx.TensorProto` type. What
+    counts is the constant behind all rounding, casting and reordering; a weight computed in another way from constants is of no type."""
     graph = load_model(path).graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
-    # Behind a DequantizeLinear stands the tensor that the file really holds.
-    held = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    tensors |= {
+        node.output[0]: value.t for node in graph.node if node.op_type == "Constant" for value in node.attribute if value.name == "value"
+    }
+    makers = {name: node for node in graph.node for name in node.output}
+    computed = {value.name for value in graph.input} - tensors.keys()  # what depends on the crops: a product of two of them has no weights
     num_weights = num_of_type = 0
     for node in graph.node:
-        if node.op_type in WEIGHTED_OPERATORS and (tensor := tensors.get(held.get(node.input[1], node.input[1]))):
-            size = _num_elements(tensor)
-            num_weights += size
-            num_of_type += size if tensor.data_type == data_type else 0
+        if node.op_type in WEIGHTED_OPERATORS and node.input[1] not in computed:
+            name = node.input[1]
+            while name in makers and makers[name].op_type in _SAME_NUMBERS:
+                name = makers[name].input[0]
+            num_weights += sum(_num_elements(tensor) for tensor in _constants_behind(name, tensors, makers))
+            num_of_type += _num_elements(tensors[name]) if name in tensors and tensors[name].data_type == data_type else 0
+        if computed.intersection(node.input):
+            computed.update(node.output)
     return num_of_type / num_weights if num_weights else 0.0
+
+
+def _constants_behind(name: str, tensors: Mapping[str, onnx.TensorProto], makers: Mapping[str, onnx.NodeProto]) -> list[onnx.TensorProto]:
+    """The constants that a weight is computed from: itself, mostly."""
+    if name in tensors or name not in makers:
+        return [tensors[name]] if name in tensors else []
+    return [constant for source in makers[name].input for constant in _constants_behind(source, tensors, makers)]
 
 
 def _leave_in_float(graph: onnx.GraphProto, output: str) -> None:

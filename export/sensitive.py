@@ -1,4 +1,5 @@
-"""Which layers of a student must not be rounded to 8 bits: found on calibration crops, one layer at a time, within a time limit.
+"""Which layers of a student must not be rounded to 8 bits: found on calibration crops, one layer at a time, within a time limit; putting
+the worst ones together may take as long again.
 
 Each layer's harm is how much nearer the int8 file comes to the fp32 file (KL over the crops) when that layer alone stays in float. Then
 the most harmful ones stay in float together, as long as each helps and the file stays small enough. No test crop is looked at.
@@ -74,7 +75,8 @@ def find_sensitive_layers(
     kept: tuple[str, ...] = ()
     best = plain
     for layer in sorted((name for name in gains if gains[name] > 0), key=lambda name: -gains[name]):
-        if len(kept) == settings.max_layers or (kept and 1 - best.agreement <= gate.max_accuracy_drop / 2):
+        is_late = time.monotonic() - started > 2 * settings.max_seconds
+        if is_late or len(kept) == settings.max_layers or (kept and 1 - best.agreement <= gate.max_accuracy_drop / 2):
             break
         trial = search.try_keeping((*kept, layer))
         if trial.kl < best.kl and trial.is_int8 and trial.size_bytes <= gate.max_size_ratio * fp32.stat().st_size:

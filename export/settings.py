@@ -160,7 +160,8 @@ class SensitiveLayers(Section):
     max_layers: int = Field(default=3, ge=0)
     """Most layers that stay in float; 0 does not look for any."""
     max_seconds: float = Field(default=60.0, gt=0)
-    """For how long it is looked. Layers that were not reached are not found."""
+    """For how long layers are tried alone, in seconds; those that were not reached are not found. Trying the worst together may take as
+    long again."""
 
 
 class QuantisedTraining(Section):
@@ -168,7 +169,8 @@ class QuantisedTraining(Section):
     the run has stored. No teacher is asked."""
 
     when: Literal["auto", "never", "always"] = "auto"
-    """`auto`: only where no other int8 file has the accuracy. `always`: in any case; the better file is kept."""
+    """`auto`: only where no other int8 file passes the gate, and those without layers in float lose too much accuracy. `always`: in any
+    case; the better file is kept."""
     steps: int = Field(default=400, ge=1)
     """Updates, of `train.global_batch` images each."""
     learning_rate: float = Field(default=2e-4, gt=0)
@@ -207,6 +209,14 @@ class StudentExportSettings(Section):
     """Timed runs of each file in one round."""
     peak_memory: bool = True
     """Also measure how much memory each file takes, in a process of its own (Linux only)."""
+
+    @field_validator("formats")
+    @classmethod
+    def _each_format_once(cls, formats: list[EdgeFormat]) -> list[EdgeFormat]:
+        twice = sorted({name for name in formats if formats.count(name) > 1})
+        if twice:
+            raise ValueError(f"{', '.join(twice)} is given more than once; name each format once")
+        return formats
 
 
 _ONLY_FOR = {

@@ -10,8 +10,10 @@ Shapes: N crops, H W pixels, K classes.
 from __future__ import annotations
 
 import glob
+import math
 import platform
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,14 +24,15 @@ from torch import nn
 from distill.errors import BadInput, ConfigError
 from distill.machine import available_cores, describe_machine, vector_instructions
 from distill.teacher_info import Preprocessing
-from export.edge import STUDENT_METADATA_KEY, EdgeFile, EdgeReport, StudentInfo
+from export.card import CARD_JSON, CARD_MARKDOWN
+from export.edge import EDGE_FILE, STUDENT_METADATA_KEY, EdgeFile, EdgeReport, StudentInfo
 from export.fingerprint import load_model
-from export.gate import judge_fp16, judge_int8, judge_same_weights, recommend
+from export.gate import judge_files, recommend
 from export.graph import export_student_graph, save_model
 from export.half_precision import HalfPrecision, to_half_precision
 from export.int8 import FineTune, Int8Result, make_int8
 from export.label_space import Crops, top1_agreement
-from export.measured import Labels, MadeFile, TestSet, logits_of, measure_files
+from export.measured import Labels, MadeFile, TestSet, answers_of, logits_of, measure_files
 from export.packages import Networks, Package, make_packages, require_formats
 from export.parity import check_parity, require_parity, torch_reference
 from export.runtimes import onnx_runtime
@@ -74,12 +77,15 @@ def export_student(
 
     Raises:
         BadInput: no test crops, or as many labels as crops are not given.
-        ConfigError: a format is asked for whose package is not installed.
+        ConfigError: a format is asked for whose package is not installed, or as many class names as logits are not given.
         ParityError: the fp32 file does not say what the network says.
     """
     require_formats(settings.formats)
     _check_crops(calibration_crops, test_crops, test_labels, image_size, settings)
     info = StudentInfo(name=name, class_names=tuple(class_names), preprocessing=preprocessing)
+    num_logits = torch_reference(network)(test_crops[:1]).shape[-1]
+    if num_logits != len(class_names):
+        raise ConfigError(f"student {name} has {num_logits} logits but {len(class_names)} class names are given: they must be equal")
     _clear(out_dir, name)
     fp32 = MadeFile("fp32", out_dir / f"{name}.fp32.onnx")
     export_student_graph(network, image_size, fp32.path, opset=settings.opset)
@@ -113,17 +119,8 @@ def _conclude(
     settings: StudentExportSettings,
 ) -> EdgeReport:
     """Judge every file, put aside what is not shipped, and write what is left to say."""
-    fp32 = files[0]
-    judged = [fp32]
-    float_of = {file.runtime: file for file in files if file.kind == "fp32"}
-    for file in files[1:]:
-        if file.kind == "int8":
-            judged.append(judge_int8(file, float_of.get(file.runtime, fp32), settings.gate))
-        elif file.kind == "fp16" and half is not None:
-            drop = _drop_in_half(half[1], tests, out_dir)
-            judged.append(judge_fp16(file, fp32, settings.gate, drop, native=platform.machine() in _HALF_IS_NATIVE))
-        else:
-            judged.append(judge_same_weights(file, fp32, settings.gate))
+    drop = _drop_in_half(half[1], tests) if half else 0.0
+    judged = judge_files(files, settings.gate, drop, native=platform.machine() in _HALF_IS_NATIVE)
     judged = [_put_aside(file, out_dir) for file in judged]
     chosen, why = recommend(judged)
     write_standalone(judged, out_dir)
@@ -146,12 +143,13 @@ def _conclude(
 
 
 def _clear(out_dir: Path, name: str) -> None:
-    """Take away the files of an earlier export, whose verdicts do not hold for this one."""
-    for path in [*out_dir.glob(f"{glob.escape(name)}.*"), *(out_dir / NOT_SHIPPED).glob("*")]:
+    """Take away the files of an earlier export, and first what tells of them: neither holds for this one."""
+    told = [path for name in (EDGE_FILE, CARD_JSON, CARD_MARKDOWN) if (path := out_dir / name).is_file()]
+    for path in [*told, *out_dir.glob(f"{glob.escape(name)}.*"), *(out_dir / NOT_SHIPPED).glob("*")]:
         if path.is_dir():
             shutil.rmtree(path)
         else:
-            path.unlink()
+            path.unlink(missing_ok=True)  # of a student named "edge", edge.json is named twice
 
 
 def _check_crops(
@@ -168,11 +166,6 @@ def _check_crops(
 
 def _write_info(path: Path, info: StudentInfo) -> None:
     model = load_model(path)
-    last = model.graph.output[0].type.tensor_type.shape.dim[-1]
-    if last.dim_value != len(info.class_names):
-        raise ConfigError(
-            f"student {info.name} has {last.dim_value} logits but {len(info.class_names)} class names are given: they must be equal"
-        )
     onnx.helper.set_model_props(model, {STUDENT_METADATA_KEY: info.model_dump_json()})
     save_model(model, path)
 
@@ -184,14 +177,15 @@ def _make_half(fp32: Path, target: Path, crops: Crops, info: StudentInfo) -> tup
     return MadeFile("fp16", target, kept_in_float=half.kept_in_fp32), half
 
 
-def _drop_in_half(half: HalfPrecision, tests: TestSet, out_dir: Path) -> float:
-    """Accuracy lost (disagreement, without labels) on a processor that rounds every layer's result to half precision."""
-    path = out_dir / ".as_rounded.onnx"
-    try:
+def _drop_in_half(half: HalfPrecision, tests: TestSet) -> float:
+    """Accuracy lost (disagreement, without labels) on a processor that rounds every layer's result to half precision; infinite if any logit
+    is."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "as_rounded.onnx"
         onnx.save(half.as_rounded, path)
-        logits_NK = logits_of(onnx_runtime.open_file(path, 1), tests.crops, "the fp16 file, rounded layer by layer,")
-    finally:
-        path.unlink(missing_ok=True)
+        logits_NK = answers_of(onnx_runtime.open_file(path, 1), tests.crops)
+    if not np.isfinite(logits_NK).all():
+        return math.inf
     if tests.labels is None:
         return 1.0 - top1_agreement(tests.fp32_logits, logits_NK)
     return float((tests.fp32_logits.argmax(axis=1) == tests.labels).mean() - (logits_NK.argmax(axis=1) == tests.labels).mean())

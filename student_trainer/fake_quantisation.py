@@ -11,7 +11,7 @@ Unit of data: one network. Shapes: N crops.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -90,14 +90,10 @@ def fake_quantised(network: nn.Module, weight_bits: int) -> Iterator[FakeQuantis
     layers = [module for module in network.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     if not layers:
         raise DistillError("the student has no nn.Conv2d and no nn.Linear whose rounding could be trained for")
-    inputs, handles = [], []
-    for layer in layers:
-        parametrize.register_parametrization(layer, "weight", RoundedWeight(weight_bits))
-        inputs.append(RoundedInput())
-        handles.append(layer.register_forward_pre_hook(inputs[-1]))
-    try:
+    inputs = [RoundedInput() for _ in layers]
+    with ExitStack() as undo:
+        for layer, rounded in zip(layers, inputs, strict=True):
+            parametrize.register_parametrization(layer, "weight", RoundedWeight(weight_bits))
+            undo.callback(parametrize.remove_parametrizations, layer, "weight", leave_parametrized=False)
+            undo.callback(layer.register_forward_pre_hook(rounded).remove)
         yield FakeQuantised(network, inputs)
-    finally:
-        for layer, handle in zip(layers, handles, strict=True):
-            handle.remove()
-            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)

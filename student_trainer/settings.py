@@ -37,7 +37,7 @@ class StoreSettings(Section):
 class StudentSettings(Section):
     """One student."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    name: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$")
     """Its name in files and in the report."""
     network: NetworkSettings
     """Its network."""

@@ -56,12 +56,22 @@ def verify(debug: bool, bundles: tuple[Path, ...]) -> None:
 
     broken = []
     for path in bundles:
-        check = check_bundle(path)
+        try:
+            check = check_bundle(path)
+        except BadInput as error:
+            click.echo(_plain(str(error)))
+            broken.append(f"{path} (unreadable)")
+            continue
         for problem in check.problems:
-            click.echo(f"{path}: {problem}")
+            click.echo(f"{path}: {_plain(problem)}")
         if check.problems:
             broken.append(f"{path} ({len(check.problems)})")
         else:
             click.echo(f"{path}: whole, {check.num_files} files of student {check.student}")
     if broken:
         raise BadInput(f"not whole: {', '.join(broken)}; get it again from where it was made")
+
+
+def _plain(said: str) -> str:
+    """What may quote an archive from outside, without anything that steers a terminal."""
+    return "".join(sign if sign.isprintable() else "?" for sign in said)

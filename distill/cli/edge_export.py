@@ -24,12 +24,14 @@ from teacher_server.address import TeacherAddress
 Crops = npt.NDArray[np.uint8]
 
 
-def export_one(run: Run, name: str, calibration: Crops, test_crops: Crops, labels: npt.NDArray[np.int64], out_dir: Path) -> EdgeReport:
+def export_one(
+    run: Run, name: str, calibration: Crops, test_crops: Crops, labels: npt.NDArray[np.int64] | None, out_dir: Path
+) -> EdgeReport:
     """Export, measure and judge a student; says each verdict aloud.
 
     Args:
         calibration: uint8 [N,H,W,3], unlabelled.
-        test_crops, labels: of the test images.
+        test_crops, labels: of the test images; no labels where they have none.
         out_dir: the student's folder.
     """
     saved = load_classifier(run.train.folder / "students" / name)

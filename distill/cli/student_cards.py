@@ -5,10 +5,11 @@ Unit of data: one student.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from distill.cli.run import Run
-from distill.image_sets import open_labelled, open_unlabelled
+from distill.image_sets import choose_labelled, open_labelled, open_unlabelled
 from export.card import ImageSet, StudentCard, limits_of
 from export.edge import EdgeReport, read_edge_report
 
@@ -56,7 +57,7 @@ def card_of(run: Run, name: str, edge: EdgeReport, sets: tuple[ImageSet, ...]) -
         recipe=_recipe(run, name),
         numbers=numbers,
         edge=edge,
-        limits=limits_of(edge, numbers),
+        limits=limits_of(edge, numbers, run.file.edge.gate.max_accuracy_drop),
     )
 
 
@@ -70,25 +71,36 @@ def _numbers(name: str, evaluation: dict[str, Any]) -> dict[str, Any]:
 def _recipe(run: Run, name: str) -> dict[str, Any]:
     train = run.file.train.model_dump(mode="json")
     student = next(student for student in train["students"] if student["name"] == name)
+    student["initial_weights"] = _shown(student["initial_weights"])
     return {**{key: student[key] for key in OF_THE_STUDENT}, **{key: train[key] for key in OF_THE_TRAINING}, "seed": run.file.seed}
 
 
 def _image_sets(run: Run) -> tuple[ImageSet, ...]:
-    data = run.file.data
+    data, train = run.file.data, run.file.train
     unlabelled, test = open_unlabelled(data), open_labelled(data.test, data)
+    of_the_student = "soft labels of the teacher, training"
+    on_labelled = train.images == "labelled"
     sets = [
         ImageSet(
-            used_for="soft labels of the teacher, training, int8 ranges", path=str(data.unlabelled.path),
+            used_for="int8 ranges" if on_labelled else f"{of_the_student}, int8 ranges", path=_shown(data.unlabelled.path),
             num_images=unlabelled.num_images, content_digest=run.images("unlabelled"),
         ),
         ImageSet(
-            used_for="accuracy, parity, the gate", path=str(data.test.path), num_images=test.num_images, content_digest=run.images("test"),
+            used_for="accuracy, parity, the gate", path=_shown(data.test.path), num_images=test.num_images,
+            content_digest=run.images("test"),
         ),
     ]  # fmt: skip
-    if run.file.train.alpha < 1 or run.file.train.images == "labelled":
-        labelled = open_labelled(data.labelled, data)
-        used = "labels of the student" if run.file.train.alpha < 1 else "images of the student"
+    if train.alpha < 1 or on_labelled:
+        uses = [*([of_the_student] if on_labelled else []), *(["labels of the student"] if train.alpha < 1 else [])]
+        chosen = choose_labelled(open_labelled(data.labelled, data), data, run.file.seed)
         sets.append(
-            ImageSet(used_for=used, path=str(data.labelled.path), num_images=labelled.num_images, content_digest=run.images("labelled"))
+            ImageSet(
+                used_for=", ".join(uses), path=_shown(data.labelled.path), num_images=len(chosen), content_digest=run.images("labelled")
+            )
         )
     return tuple(sets)
+
+
+def _shown(path: str) -> str:
+    """A URL, or the last part of a path: the card leaves this machine, the folders above stay."""
+    return path if "://" in path and not path.startswith("file:") else Path(path).absolute().name

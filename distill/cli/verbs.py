@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from distill.cli.run import Run
 from distill.cli.tuning_file import tuned_settings
-from distill.errors import ConfigError, ParityError
+from distill.errors import ConfigError, ParityError, SourceError
 from distill.progress import console
 from distill.stages import Stage
 from export.settings import TeacherExportSettings
@@ -359,12 +359,24 @@ def export_student(run: Run) -> Result:
     return result
 
 
-def _test_crops(run: Run) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+def _test_crops(run: Run) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64] | None]:
+    """The evaluation crops of the test images, and their labels where they have any.
+
+    Raises:
+        SourceError: some have a label and some have none.
+    """
     from distill.evaluation import evaluation_batches
     from distill.image_sets import open_labelled
+    from distill.loader import UNLABELLED
 
     batches = list(evaluation_batches(open_labelled(run.file.data.test, run.file.data), run.file.data, run.rejections()))
-    return np.concatenate([b.crops_VBHWC[0] for b in batches]), np.concatenate([b.labels_B for b in batches])
+    crops, labels = np.concatenate([b.crops_VBHWC[0] for b in batches]), np.concatenate([b.labels_B for b in batches])
+    num_missing = int((labels == UNLABELLED).sum())
+    if 0 < num_missing < len(labels):
+        raise SourceError(
+            f"{run.file.data.test.path}: {num_missing} of {len(labels)} test images have no label; the export needs all of them, or none"
+        )
+    return crops, None if num_missing else labels
 
 
 def forget(run: Run, verb: str) -> None:

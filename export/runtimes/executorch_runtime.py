@@ -53,7 +53,9 @@ def open_file(path: Path, num_threads: int) -> Predict:
 def engine() -> str:
     """See `Runtime`."""
     from executorch import version
+    from executorch.runtime import Runtime
 
+    Runtime.get()  # loads the runtime: memory is told without the runtime's own
     return f"ExecuTorch {version.__version__.partition('+')[0]} (XNNPACK)"
 
 
@@ -63,11 +65,10 @@ def convert(networks: Networks, onnx_files: Sequence[MadeFile], calibration_crop
     from export.measured import MadeFile
     from export.packages import Package
 
-    kinds = [file.kind for file in onnx_files if file.kind != "fp16"]
     example = (torch.zeros(1, info.preprocessing.image_size, info.preprocessing.image_size, 3, dtype=torch.uint8),)
     files = []
     with evaluating(networks.floats), evaluating(networks.int8), _quiet():
-        for kind in kinds:
+        for kind, training_steps in ((file.kind, file.training_steps) for file in onnx_files if file.kind != "fp16"):
             path = out_dir / f"{info.name}.{kind}.pte"
             try:
                 module = torch.export.export(networks.int8 if kind == "int8" else networks.floats, example).module()
@@ -81,7 +82,10 @@ def convert(networks: Networks, onnx_files: Sequence[MadeFile], calibration_crop
                 ) from error
             described = path.with_name(path.name + ".json")
             write_atomically(described, (info.model_dump_json(indent=2) + "\n").encode())
-            files.append(MadeFile(kind, path, runtime="executorch", beside=(described,), weight_shares=_weight_shares(program)))
+            shares = _weight_shares(program)
+            files.append(
+                MadeFile(kind, path, runtime="executorch", beside=(described,), training_steps=training_steps, weight_shares=shares)
+            )
     return Package(files=tuple(files))
 
 

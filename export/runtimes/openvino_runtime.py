@@ -6,6 +6,7 @@ package's `rt_info` under `distill_student`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,6 +56,7 @@ def engine() -> str:
     """See `Runtime`."""
     import openvino as ov
 
+    ov.Core().get_property("CPU", "FULL_DEVICE_NAME")  # loads what runs on the CPU: memory is told without the runtime's own
     return f"OpenVINO {ov.__version__.partition('-')[0]}"
 
 
@@ -86,7 +88,21 @@ def convert(networks: Networks, onnx_files: Sequence[MadeFile], calibration_crop
                 beside=(path.with_suffix(".bin"),),
                 kept_in_float=file.kept_in_float,
                 training_steps=file.training_steps,
-                weights_as=file.path,
+                weight_shares=_weight_shares(path),
             )
         )
     return Package(files=tuple(files))
+
+
+def _weight_shares(path: Path) -> tuple[float, float]:
+    """Shares of int8 and of half precision among the elements of all constants of a package with more than one axis above 1: its weights.
+    (Scales and biases have one.)"""
+    import openvino as ov
+
+    constants = [op for op in ov.Core().read_model(path).get_ops() if op.get_type_name() == "Constant"]
+    weights = [
+        (op.get_element_type(), math.prod(op.get_output_shape(0))) for op in constants if sum(n > 1 for n in op.get_output_shape(0)) > 1
+    ]
+    total = sum(size for _, size in weights) or 1
+    of_int8, of_half = (sum(size for held, size in weights if held == kind) / total for kind in (ov.Type.i8, ov.Type.f16))
+    return of_int8, of_half

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 from PIL import Image
 
-from distill.cli import verbs
+from distill.cli import student_cards, verbs
 from distill.cli.main import run_command
 from distill.cli.reporting import gather
 from distill.cli.run import Run
 from distill.cli.run_file import read_run_file
-from distill.errors import ConfigError, StageMissing
+from distill.errors import ConfigError, SourceError, StageMissing
 from distill.models.classifier import build_classifier
 from distill.models.saved_classifier import ClassifierCard, save_classifier
 from distill.models.settings import NetworkSettings
@@ -114,3 +117,40 @@ def test_what_is_there_is_reused_and_what_is_of_other_settings_is_said(config: P
         with pytest.raises(ConfigError, match="openvino needs openvino, which is not installed"):
             verbs.export_student(Run(read_run_file(config, [f"edge.formats={json.dumps(missing['edge.formats'])}"])))
     assert run.edge.result() is not None  # nothing was moved aside
+
+
+def test_test_images_without_labels_bring_none_and_a_mixture_is_refused(config: Path, tmp_path: Path) -> None:
+    """Labels of -1 would make every file equally right: none at all."""
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for image in (config.parent / "images").rglob("*.png"):
+        shutil.copyfile(image, flat / f"{image.parent.name}-{image.name}")
+    crops, labels = verbs._test_crops(Run(read_run_file(config, [f"data.test.path={flat}"])))
+    assert crops.shape == (16, 8, 8, 3)
+    assert labels is None
+    _, labels = verbs._test_crops(Run(read_run_file(config, [])))
+    assert labels is not None
+    assert sorted(labels) == [0] * 8 + [1] * 8
+    rows = [{"image": {"bytes": image.read_bytes()}, "label": label} for image, label in zip(flat.iterdir(), [0, 1, -1] * 5, strict=False)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "mixed.parquet")
+    with pytest.raises(SourceError, match="5 of 15 test images have no label; the export needs all of them, or none"):
+        verbs._test_crops(Run(read_run_file(config, [f"data.test.path={tmp_path / 'mixed.parquet'}"])))
+
+
+def test_the_card_names_images_and_not_where_they_lay(config: Path) -> None:
+    assert [images.path for images in student_cards._image_sets(Run(read_run_file(config, [])))] == ["images", "images"]
+    shown = [student_cards._shown(path) for path in ("s3://bucket/photos", "file:///home/me/photos", "/home/me/photos/", "random")]
+    assert shown == ["s3://bucket/photos", "photos", "photos", "random"]
+    run = Run(read_run_file(config, ["train.images=labelled", "train.alpha=0.5", "data.label_fraction=0.25"]))
+    unlabelled, _, labelled = student_cards._image_sets(run)
+    assert (unlabelled.used_for, unlabelled.num_images) == ("int8 ranges", 16)
+    assert labelled.used_for == "soft labels of the teacher, training, labels of the student"
+    assert labelled.num_images == 4
+
+
+def test_a_format_that_is_given_twice_and_a_name_that_is_a_folder_are_refused(config: Path) -> None:
+    with pytest.raises(ConfigError, match="openvino is given more than once"):
+        read_run_file(config, ["edge.formats=[onnx, openvino, openvino]"])
+    for name in ("..", ".", "-x", ".hidden"):
+        with pytest.raises(ConfigError, match="name"):
+            read_run_file(config, [f"train.students=[{{name: '{name}', network: {json.dumps(NETWORK)}}}]"])

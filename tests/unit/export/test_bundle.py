@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import io
 import json
 import shutil
@@ -27,7 +29,9 @@ from export.bundle_check import check_bundle
 from export.card import ImageSet, StudentCard, limits_of
 from export.edge import EdgeFile, StudentInfo, UnmeasuredFile, read_edge_report
 from export.files import sha256_of
+from export.standalone import PROGRAMS
 
+ROOT = Path(__file__).parents[3]
 Entry = tuple[tarfile.TarInfo, bytes]
 
 
@@ -64,7 +68,7 @@ def entries(archive: Path) -> list[Entry]:
 def rewrite(archive: Path, change: Callable[[list[Entry]], list[Entry]]) -> None:
     """The same archive with other members, and without the checksum beside it."""
     changed = change(entries(archive))
-    archive.with_name(archive.name + ".sha256").unlink()
+    archive.with_name(archive.name + ".sha256").unlink(missing_ok=True)
     with tarfile.open(archive, "w") as tar:
         for member, content in changed:
             member.size = len(content)
@@ -163,6 +167,79 @@ def test_any_byte_that_changes_is_noticed(archive: Path) -> None:
     assert check_bundle(archive).problems == ["extra bytes behind the end of the archive"]
 
 
+def test_a_second_archive_far_behind_the_first_is_noticed(archive: Path) -> None:
+    archive.with_name("tiny.tar.sha256").unlink()
+    whole = archive.read_bytes()
+    archive.write_bytes(whole + bytes(2**21))
+    assert check_bundle(archive).problems == []  # zeros are padding
+    archive.write_bytes(whole + bytes(2**21) + whole)
+    assert check_bundle(archive).problems == ["extra bytes behind the end of the archive"]
+
+
+def test_thousands_of_headers_before_one_file_are_one_line(archive: Path, tmp_path: Path) -> None:
+    member = tarfile.TarInfo("tiny/" + "é" * 60)
+    header = member.tobuf(tarfile.PAX_FORMAT)[:-512]  # without that of the file itself
+    many = tmp_path / "many.tar"
+    many.write_bytes(header * 3000 + archive.read_bytes())
+    with pytest.raises(BadInput, match=r"many\.tar is no bundle"):
+        check_bundle(many)
+
+
+def with_manifest(archive: Path, **changes: object) -> None:
+    def change(found: list[Entry]) -> list[Entry]:
+        (member, content), *others = found
+        manifest = {**json.loads(content), **changes}
+        kept = [(m, c) for m, c in others if m.name.removeprefix("tiny/") in manifest["files"]]
+        return [(member, json.dumps(manifest).encode()), *kept]
+
+    rewrite(archive, change)
+
+
+def test_a_manifest_that_names_nothing_or_recommends_what_is_not_there_is_no_bundle(archive: Path) -> None:
+    with_manifest(archive, recommended="tiny.fp8.onnx")
+    assert check_bundle(archive).problems == ["missing 'tiny.fp8.onnx', which manifest.json recommends"]
+    with_manifest(archive, files={})
+    assert check_bundle(archive).problems == ["missing 'tiny.fp8.onnx', which manifest.json recommends"]
+
+
+@pytest.mark.parametrize(
+    ("name", "clashing"),
+    [("Card.MD", {"Card.MD", "card.md"}), ("card.md/notes", {"card.md"}), ("Manifest.json", {"Manifest.json", "manifest.json"})],
+)
+def test_names_that_cannot_lie_side_by_side_are_refused(archive: Path, name: str, clashing: set[str]) -> None:
+    content = b"hello"
+    manifest = json.loads(entries(archive)[0][1])
+    files = {**manifest["files"], name: {"sha256": hashlib.sha256(content).hexdigest(), "size_bytes": len(content)}}
+    with_manifest(archive, files=files)
+    with tarfile.open(archive, "a") as tar:
+        member = tarfile.TarInfo(f"tiny/{name}")
+        member.size = len(content)
+        tar.addfile(member, io.BytesIO(content))
+    assert {problem.split("'")[1] for problem in check_bundle(archive).problems} == clashing
+
+
+def test_a_set_uid_file_and_a_name_that_steers_a_terminal_are_refused(archive: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    privileged, steering = tarfile.TarInfo("tiny/run"), tarfile.TarInfo("tiny/\x1b[2J\nwhole")
+    privileged.mode = 0o4755
+    rewrite(archive, lambda found: [*found, (privileged, b""), (steering, b"")])
+    problems = check_bundle(archive).problems
+    assert [problem.partition(";")[0] for problem in problems] == [
+        "unsafe 'tiny/run' (mode 4755)",
+        "unsafe 'tiny/\\x1b[2J\\nwhole' (a plain file)",
+    ]
+    assert run_command(["bundle", "verify", str(archive)]) == 2
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_every_bundle_is_checked_though_one_is_gone(archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gone = tmp_path / "gone.tar"
+    assert run_command(["bundle", "verify", str(gone), str(archive)]) == 2
+    out, err = capsys.readouterr()
+    assert out.splitlines()[0].startswith(f"{gone} is not there")
+    assert out.splitlines()[1] == f"{archive}: whole, 8 files of student tiny"
+    assert err == f"distill: not whole: {gone} (unreadable); get it again from where it was made\n"
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "said"),
     [
@@ -188,10 +265,11 @@ def test_what_is_no_bundle_is_one_line(tmp_path: Path, archive: Path, capsys: py
     assert run_command(["bundle", "verify", str(tmp_path / "nothing.tar")]) == 2
     (tmp_path / "noise.tar").write_bytes(np.random.default_rng(0).bytes(5000))
     assert run_command(["bundle", "verify", str(tmp_path / "noise.tar")]) == 2
-    err = capsys.readouterr().err.splitlines()
-    assert len(err) == 2
-    assert "nothing.tar is not there" in err[0]
-    assert "noise.tar is no bundle" in err[1]
+    out, err = (lines.splitlines() for lines in capsys.readouterr())
+    assert (len(out), len(err)) == (2, 2)
+    assert "nothing.tar is not there" in out[0]
+    assert "noise.tar is no bundle" in out[1]
+    assert "noise.tar (unreadable)" in err[1]
     rewrite(archive, lambda found: found[1:])
     assert check_bundle(archive).problems == ["missing manifest.json"]
     deep = b"[" * 100_000
@@ -248,6 +326,10 @@ def test_the_card_says_what_was_measured_and_what_not(student: Path) -> None:
     )
     said = limits_of(labelled, {"scores": {}})
     assert any("standard error 2.0 points" in limit for limit in said)
+    assert not any("more than the 1.0%" in limit for limit in said)
+    few = limits_of(card.edge.replace(files=(left.replace(top1=1.0, num_images=16),)), None)
+    assert any("standard error 6.7 points" in limit for limit in few)
+    assert any("With 16 test crops one of them is 6.2%, more than the 1.0%" in limit for limit in few)
     assert "tiny.int8.onnx: not shipped: too slow." in said
     assert "tiny.mlpackage: not measured, no Core ML here." in said
     with pytest.raises(ValidationError):
@@ -309,6 +391,15 @@ def test_the_program_cuts_the_crop_that_training_was_evaluated_on(student: Path,
     expected = ort.InferenceSession(tmp_path / "model.onnx").run(["logits"], {"images": crop[None]})[0][0]
     answer = json.loads(on_the_device(student / "run_student.py", str(tmp_path / "model.onnx"), str(path), "--json"))
     assert answer["logits"] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_all_programs_cut_the_same_crop() -> None:
+    cut = set()
+    for program in PROGRAMS.values():
+        source = (ROOT / "export" / "standalone" / program).read_text(encoding="utf-8")
+        (function,) = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == "center_crop"]
+        cut.add(ast.get_source_segment(source, function))
+    assert len(cut) == 1
 
 
 def test_a_bundle_is_checked_without_torch_and_onnx() -> None:

@@ -15,9 +15,10 @@ from torch import nn
 
 from distill.errors import BadInput, ConfigError, DistillError, StageMissing
 from export.edge import EdgeFile, EdgeReport, StudentInfo, read_edge_report
-from export.gate import judge_fp16, judge_int8, judge_same_weights, recommend
+from export.gate import judge_files, judge_fp16, judge_int8, judge_same_weights, recommend
 from export.int8 import Trained
 from export.latency import measure_latency
+from export.measured import TestSet
 from export.memory import peak_memory_bytes
 from export.quantize import int8_weight_share, weight_share
 from export.settings import Int8Gate, StudentExportSettings
@@ -116,7 +117,10 @@ def test_a_small_file_that_misses_the_size_limit_is_put_aside_and_the_next_best_
     assert not (tmp_path / "tiny.int8.onnx").exists()
     assert report.recommended in ("tiny.fp32.onnx", "tiny.fp16.onnx")
     assert report.why.startswith("the next best, as tiny.int8.onnx is not shipped; ")
+    for told in ("card.json", "card.md"):
+        (tmp_path / told).write_text("of the export before")
     report = export(QUICK.replace(int8=False, fp16=False))
+    assert not {"card.json", "card.md"} & {path.name for path in tmp_path.iterdir()}
     assert sorted(path.name for path in tmp_path.rglob("*.onnx")) == ["tiny.fp32.onnx"]
     assert report.recommended == "tiny.fp32.onnx"
 
@@ -193,6 +197,88 @@ def test_the_gate(change, verdict: str) -> None:
     assert judged.shipped == (not change)
 
 
+def test_a_float_that_is_rounded_when_it_runs_is_a_float(exported: Path, tmp_path: Path) -> None:
+    """Through QuantizeLinear and DequantizeLinear, a Transpose, a Constant node or a sum: the share is of what the file holds."""
+    path = tmp_path / "rounded.onnx"
+    source = onnx.load(exported / "tiny.fp32.onnx")
+    convolutions = [node for node in source.graph.node if node.op_type == "Conv"]
+    scale = [numpy_helper.from_array(np.float32(0.01), "step"), numpy_helper.from_array(np.int8(0), "zero")]
+    round_trip = [("QuantizeLinear", ["step", "zero"]), ("DequantizeLinear", ["step", "zero"])]
+    for chain in (round_trip, [("Identity", [])], [("Transpose", []), ("Transpose", [])], [("Add", ["zero_sum"])]):
+        model = onnx.load(exported / "tiny.int8.onnx")
+        conv = next(node for node in model.graph.node if node.op_type == "Conv")
+        weight = next(tensor for tensor in source.graph.initializer if tensor.name == convolutions[0].input[1])
+        made, name = [onnx.helper.make_node("Constant", [], ["held as float"], value=weight)], "held as float"
+        for number, (operator, others) in enumerate(chain):
+            made.append(onnx.helper.make_node(operator, [name, *others], [f"step {number}"]))
+            name = f"step {number}"
+        conv.input[1] = name
+        model.graph.initializer.extend([*scale, numpy_helper.from_array(np.zeros(1, np.float32), "zero_sum")])
+        nodes = [*made, *model.graph.node]
+        del model.graph.node[:]
+        model.graph.node.extend(nodes)
+        onnx.save(model, path)
+        num_float, num_other = 16 * 3 * 9, 32 * 16 * 9 + 32 * 5
+        assert int8_weight_share(path) == pytest.approx(num_other / (num_other + num_float), abs=1e-3)
+
+
+def test_accuracy_of_another_runtime_is_compared_with_the_onnx_file() -> None:
+    """A runtime whose fp32 file is already wrong is no measure of its int8 file."""
+    wrong = FP32.replace(runtime="openvino", top1=0.5)
+    int8 = INT8.replace(runtime="openvino", top1=0.5)
+    judged = judge_files([FP32, wrong, int8], Int8Gate(), 0.0, native=True)
+    assert [file.shipped for file in judged] == [True, False, False]
+    assert judged[2].reason == "not shipped: accuracy lost 0.4000 > 0.01"
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict"),
+    [
+        ({}, True),
+        ({"agreement": 0.4}, "not shipped: disagreement with fp32 0.6000 > 0.01"),
+        ({"kl": 3.0}, "not shipped: KL 3.0e+00 to the ONNX file > 0.001"),
+        ({"top1": None, "agreement": 0.5}, "not shipped: disagreement with fp32 0.5000 > 0.01"),
+        ({"num_without_answer": 2}, "not shipped: infinite logits, or no numbers, on 2 of 100 test crops"),
+    ],
+)
+def test_the_same_weights_say_the_same_whatever_the_accuracy(change, verdict) -> None:
+    judged = judge_same_weights(FP32.replace(runtime="openvino", **change), FP32, Int8Gate())
+    assert judged.shipped == (verdict is True)
+    assert judged.shipped or judged.reason == verdict
+
+
+def test_a_crop_without_an_answer_counts_as_wrong_and_the_file_is_not_shipped() -> None:
+    fp32_NK = np.array([[2.0, 0.0], [0.0, 2.0], [2.0, 0.0], [0.0, 2.0]], np.float32)
+    tests = TestSet(np.zeros((4, 4, 4, 3), np.uint8), fp32_NK.argmax(axis=1), fp32_NK)
+    broken_NK = fp32_NK.copy()
+    broken_NK[0], broken_NK[1, 0] = np.nan, np.inf
+    quality = tests.quality(broken_NK)
+    assert (quality["num_without_answer"], quality["top1"], quality["agreement"]) == (2, 0.5, 0.5)
+    assert quality["kl"] == pytest.approx(np.log(2) / 2 + (0.8808 * np.log(0.8808) + 0.1192 * np.log(0.1192)) / 2, abs=1e-3)
+    infinite = INT8.replace(num_without_answer=2)
+    assert judge_int8(infinite, FP32, Int8Gate()).reason == "not shipped: infinite logits, or no numbers, on 2 of 100 test crops"
+    assert "infinite logits where every layer" in judge_fp16(FP16, FP32, Int8Gate(), np.inf, native=True).reason
+
+
+def test_fp16_that_overflows_on_a_test_crop_is_put_aside_and_the_export_goes_on(export, network, crops) -> None:
+    """A filter for pixels unlike their neighbours, times 3600: on a checkerboard beyond half precision, on no calibration crop."""
+    loud = 3600.0
+    with torch.no_grad():
+        conv, norm = network.body[0], network.body[1]
+        conv.weight[0] = 0.0
+        conv.weight[0, 0] = torch.tensor([[0.0, -1, 0], [-1, 4, -1], [0, -1, 0]])
+        norm.running_mean[0], norm.running_var[0], norm.weight[0], norm.bias[0] = 0.0, 1.0, loud, 0.0
+        network.body[3].weight[:, 0] /= loud
+    checkered = np.zeros((1, 16, 16, 3), np.uint8)
+    checkered[0, ::2, ::2], checkered[0, 1::2, 1::2] = 255, 255
+    report = export(QUICK.replace(int8=False), test_crops=np.concatenate([crops, checkered]))
+    fp32, fp16 = report.files
+    assert fp32.shipped
+    assert fp16.kept_in_float == ()
+    assert not fp16.shipped
+    assert "infinite logits" in fp16.reason
+
+
 def test_int8_of_another_runtime_is_compared_with_fp32_of_that_runtime() -> None:
     slow = FP32.replace(runtime="openvino", latency_ratio=3, size_ratio=1.2)
     int8 = INT8.replace(runtime="openvino", latency_ratio=1.5, size_ratio=0.3)
@@ -245,7 +331,8 @@ def test_memory_is_that_of_the_file_in_a_process_without_torch(exported: Path, t
         peak_memory_bytes("onnxruntime", tmp_path / "nothing.onnx", 16)
 
 
-def test_layers_that_hurt_are_found_and_stay_in_float(export, network) -> None:
+@pytest.fixture
+def a_layer_that_hurts(network) -> None:
     """A 1x1 convolution has one huge weight a channel, for an input that is always 0: in float it does nothing, in int8 its scale rounds
     all other weights to 0."""
     torch.manual_seed(0)
@@ -255,8 +342,15 @@ def test_layers_that_hurt_are_found_and_stay_in_float(export, network) -> None:
         network.body[1].weight[3], network.body[1].bias[3] = 0.0, -1.0  # a channel that the ReLU shuts
         squeeze.weight[:, 3] = 300.0
     network.body = nn.Sequential(*network.body[:3], squeeze, nn.ReLU(), *network.body[3:]).eval()
+
+
+@pytest.mark.usefixtures("a_layer_that_hurts")
+def test_layers_that_hurt_are_found_and_stay_in_float(export) -> None:
+    def tune(of, crops, bits) -> Trained:
+        raise AssertionError("a file passes the gate: nobody needs to train")
+
     settings = QUICK.replace(gate={"max_latency_ratio": 1000, "max_size_ratio": 1000, "max_accuracy_drop": 0.05})
-    report = export(settings)
+    report = export(settings, tune=tune)
     plain, *_, last = report.int8_attempts
     int8 = report.files[2]
     assert plain.agreement < 0.9
@@ -271,6 +365,15 @@ def test_layers_that_hurt_are_found_and_stay_in_float(export, network) -> None:
     assert "1 layers in float" in int8.reason
 
 
+@pytest.mark.usefixtures("a_layer_that_hurts")
+def test_the_student_is_trained_where_layers_in_float_are_accurate_and_too_slow(export) -> None:
+    slow = QUICK.replace(fp16=False, gate={"max_latency_ratio": 1e-6, "max_size_ratio": 1000, "max_accuracy_drop": 0.05})
+    report = export(slow, tune=lambda of, crops, bits: Trained(None, 0, "was asked"))
+    assert report.int8_attempts[-1].kept_in_float
+    assert [complaint.partition(" ")[0] for complaint in report.int8_attempts[-1].complaints] == ["latency"]
+    assert report.int8_notes[-1] == "was asked"
+
+
 def test_of_plain_and_fine_tuned_the_better_file_is_kept(export, network) -> None:
     asked = []
 
@@ -282,6 +385,10 @@ def test_of_plain_and_fine_tuned_the_better_file_is_kept(export, network) -> Non
     assert asked == [(True, (64, 16, 16, 3), 8)]
     assert [(attempt.training_steps, attempt.chosen) for attempt in report.int8_attempts] == [(0, True), (7, False)]
     assert report.int8_attempts[1].agreement < report.int8_attempts[0].agreement
+    plain_kl, harmed_kl = (attempt.calibration_kl for attempt in report.int8_attempts)
+    assert plain_kl is not None
+    assert harmed_kl is not None
+    assert 0 < plain_kl < harmed_kl
     assert report.int8_notes == ("made worse",)
     assert not report.files[1].trained_for_int8
 
