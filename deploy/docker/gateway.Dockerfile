@@ -20,7 +20,7 @@ LABEL org.opencontainers.image.title="distill gateway" \
 COPY --from=build /opt/distill /opt/distill
 COPY deploy/docker/make_secrets.sh /usr/local/bin/make-secrets
 # Volumes take over the owner of the folder that they cover: the group 0 writes, whatever user the container runs as.
-RUN for reader in gateway metrics ray grafana; do install -d -g 0 -m 2770 "/run/secrets/$reader"; done
+RUN install -d -g 0 -m 2770 /run/secrets && for reader in gateway metrics ray grafana; do install -d -g 0 -m 2770 "/run/make-secrets/$reader"; done
 ENV PATH=/opt/distill/bin:${PATH} HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 USER 1000:0
 EXPOSE 8080

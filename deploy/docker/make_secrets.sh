@@ -1,6 +1,6 @@
 #!/bin/sh
-# Makes what is not there yet below /run/secrets (or the folder given): nothing in these images and files has a password of its own.
-# Each lies on a volume of its own, so that nobody reads what is for somebody else.
+# Makes what is not there yet below /run/make-secrets (or the folder given): nothing in these images and files has a password of its own.
+# Each lies on a volume of its own, which its readers mount at /run/secrets: nobody reads what is for somebody else.
 #   gateway/keys.yaml          hashed API keys of the gateway (`distill keys add NAME` adds more)
 #   metrics/metrics_key        the key by which Prometheus reads the gateway's metrics
 #   ray/ray_token              what Ray's processes and the trainer show each other
@@ -11,7 +11,7 @@ if [ "$(id -u)" = 0 ] && [ -z "${1:-}" ]; then
   echo "DISTILL_UID is 0: containers do not run as root; leave it at 1000 (and give ./runs to that user)" >&2
   exit 2
 fi
-cd "${1:-/run/secrets}"
+cd "${1:-/run/make-secrets}"
 
 random() { od -An -N32 -tx1 /dev/urandom | tr -d ' \n'; }
 
