@@ -24,7 +24,6 @@ from ray.train.torch import TorchTrainer
 
 from distill.checkpoint import Write, fsync_path
 from distill.cluster.board import BoardHandle, raise_failure, report_failure, start_board
-from distill.cluster.memory import keep_freed_memory
 from distill.cluster.session import ray_session
 from distill.cluster.settings import RaySettings
 from distill.cluster.stopping import ASK_EVERY_S, StopAgreement, run_stoppable
@@ -133,7 +132,6 @@ def _work(order: dict[str, Any]) -> None:
     worker: Worker = RayWorker(board, Path(order["folder"]))
     if worker.device.type == "cpu":
         torch.set_num_threads(order["threads"])  # Ray leaves each worker one
-        keep_freed_memory()
     try:
         order["entry"](order["config"], worker)
     except DistillError as error:
