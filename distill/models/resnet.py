@@ -23,9 +23,26 @@ BN_EPS = 1e-5
 BN_MOMENTUM = 0.1  # TensorFlow's decay of 0.9
 
 
+ONEDNN_LANES = 8
+"""Channels that oneDNN's kernels for AVX2 take at once."""
+
+
+class NarrowProjection(nn.Conv2d):
+    """A strided 1x1 convolution of fewer than 8 channels, which gets its input with the channels apart.
+
+    With channels last, as uint8 crops come, its backward pass in oneDNN (torch 2.13, processors with AVX2 and no AVX-512) writes beyond its
+    memory: the process dies in `free()`, or worse, does not.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B,C,H,W] -> [B,C',ceil(H/stride),ceil(W/stride)]."""
+        return super().forward(input.contiguous())
+
+
 def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
     """A convolution without bias, padded by (kernel - 1) // 2 on both sides; initialised as in the official code (fan-in, truncated)."""
-    layer = nn.Conv2d(in_channels, out_channels, kernel, stride, padding=(kernel - 1) // 2, bias=False)
+    kind = NarrowProjection if kernel == 1 and stride > 1 and in_channels < ONEDNN_LANES else nn.Conv2d
+    layer = kind(in_channels, out_channels, kernel, stride, padding=(kernel - 1) // 2, bias=False)
     # Cut off at two sigma a normal keeps 0.88 of its spread; TensorFlow widens sigma first, so that 1 / sqrt(fan-in) is left.
     sigma = (in_channels * kernel * kernel) ** -0.5 / 0.87962566
     nn.init.trunc_normal_(layer.weight, std=sigma, a=-2 * sigma, b=2 * sigma)
