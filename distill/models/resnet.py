@@ -28,15 +28,18 @@ ONEDNN_LANES = 8
 
 
 class NarrowProjection(nn.Conv2d):
-    """A strided 1x1 convolution of fewer than 8 channels, which gets its input with the channels apart.
+    """A strided 1x1 convolution of fewer than 8 channels; in training the pixels are picked first, then convolved.
 
-    With channels last, as uint8 crops come, its backward pass in oneDNN (torch 2.13, processors with AVX2 and no AVX-512) writes beyond its
-    memory: the process dies in `free()`, or worse, does not.
+    With channels last, as uint8 crops come, the backward pass of the strided form in oneDNN (torch 2.13, processors with AVX2 and no
+    AVX-512) writes beyond its memory: the process dies in `free()`, or worse, does not.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         """[B,C,H,W] -> [B,C',ceil(H/stride),ceil(W/stride)]."""
-        return super().forward(input.contiguous())
+        if not self.training:
+            return super().forward(input)
+        step_h, step_w = self.stride
+        return F.conv2d(input[:, :, ::step_h, ::step_w].contiguous(), self.weight)
 
 
 def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
