@@ -16,4 +16,4 @@ USER 1000:0
 EXPOSE 6006
 STOPSIGNAL SIGINT
 ENTRYPOINT ["tensorboard", "--bind_all", "--port=6006"]
-CMD ["--logdir=/work/runs"]
+CMD ["--logdir=/srv/distill/runs"]

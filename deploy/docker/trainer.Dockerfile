@@ -26,12 +26,12 @@ LABEL org.opencontainers.image.title="distill trainer" \
       org.opencontainers.image.licenses="Apache-2.0"
 COPY --from=build /opt/distill /opt/distill
 # Volumes take over owner and mode of the folder that they cover first: the group 0 writes, whatever user the container runs as.
-RUN install -d -g 0 -m 2770 /run/secrets && install -d -g 0 -m 2775 /work /work/runs /var/cache/distill-tensorrt
+RUN install -d -g 0 -m 2770 /run/secrets && install -d -g 0 -m 2775 /srv/distill /srv/distill/runs /var/cache/distill-tensorrt
 # HOME: the root file system may be read-only. USER: Ray asks for a name, and the user id may have none.
 ENV PATH=/opt/distill/bin:${PATH} HOME=/tmp USER=distill PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     MPLCONFIGDIR=/tmp/matplotlib RAY_USAGE_STATS_ENABLED=0 RAY_TRAIN_V2_ENABLED=1 RAY_worker_niceness=0 \
     GRPC_ENABLE_FORK_SUPPORT=0 GRPC_VERBOSITY=ERROR OMP_WAIT_POLICY=PASSIVE
-WORKDIR /work
+WORKDIR /srv/distill
 USER 1000:0
 STOPSIGNAL SIGTERM
 CMD ["distill", "--help"]

@@ -154,7 +154,7 @@ def test_bind_mounts_are_folders_of_the_repository(stack: dict[str, Any]) -> Non
     for service in stack["services"].values():
         for mount in service.get("volumes", []):
             if mount["type"] == "bind":
-                assert Path(mount["source"]).is_dir() or mount["target"] == "/work/runs", mount
+                assert Path(mount["source"]).is_dir() or mount["target"] == "/srv/distill/runs", mount
                 assert not mount.get("bind", {}).get("create_host_path"), "a missing folder would be made, empty, by root"
 
 

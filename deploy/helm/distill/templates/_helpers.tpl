@@ -60,7 +60,7 @@ For the same reason nothing is said of a teacher that was made elsewhere. Of sev
 win.
 */}}
 {{- define "distill.settings" -}}
-- run_dir=/work/runs/{{ .Values.run.name }}
+- run_dir=/srv/distill/runs/{{ .Values.run.name }}
 {{- if and (include "distill.hasGpu" .Values.triton.resources) (or .Values.teacher.job.enabled (eq .Values.trainer.verb "quickstart")) }}
 - teacher.repository.instance_kind=gpu  # the default is to serve on the CPU
 {{- end }}
@@ -91,7 +91,7 @@ tolerations: {{- toYaml . | nindent 2 }}
 {{- if .Values.triton.modelRepository.existingClaim -}}
 {{ printf "/models/%s" .Values.triton.modelRepository.path | trimSuffix "/" }}
 {{- else -}}
-/work/runs/{{ .Values.run.name }}/model_repository
+/srv/distill/runs/{{ .Values.run.name }}/model_repository
 {{- end }}
 {{- end }}
 
@@ -99,10 +99,10 @@ tolerations: {{- toYaml . | nindent 2 }}
 {{- define "distill.workMounts" -}}
 - {name: tmp, mountPath: /tmp}
 - {name: shm, mountPath: /dev/shm}
-- {name: runs, mountPath: /work/runs}
+- {name: runs, mountPath: /srv/distill/runs}
 - {name: run, mountPath: /etc/distill, readOnly: true}
 {{- if .Values.data.existingClaim }}
-- {name: data, mountPath: /work/data, readOnly: true}
+- {name: data, mountPath: /srv/distill/data, readOnly: true}
 {{- end }}
 {{- end }}
 
