@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 quickstart: install triton  ## images to edge students and a report, on the shipped images; FRESH=1 starts again
 	$(BIN)/distill quickstart --config recipes/quickstart.yaml $(if $(FRESH),--fresh)
 
-test: install triton $(VENV)/.deploy  ## all tests, those with the real Triton and Ray included
+test: install triton $(VENV)/.checks  ## all tests, those with the real Triton and Ray included
 	$(BIN)/python -m pytest
 
 check: lint types imports test  ## what CI runs, but for the wheel
@@ -22,8 +22,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[cpu,timm,dev]'
 	touch $@
 
-$(VENV)/.deploy: $(STAMP)  # what the tests of deploy/ need, and nobody else
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[deploy]'
+$(VENV)/.checks: $(STAMP)  # what the tests need beside, and nobody else
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[checks]'
 	touch $@
 
 triton: install  ## the real Triton server, in .triton; says so where it cannot run

@@ -23,7 +23,7 @@ from export.files import sha256_of, write_atomically
 from export.gate import MIN_INT8_WEIGHT_SHARE
 from export.parity_files import REPORT_FILE
 from export.quantize import int8_weight_share
-from export.standalone import PROGRAMS
+from export.standalone import PROGRAM
 
 
 def make_bundle(folder: Path, target: Path) -> BundleManifest:
@@ -38,7 +38,7 @@ def make_bundle(folder: Path, target: Path) -> BundleManifest:
         BadInput: a file is not what `edge.json` says of it, or says int8 and holds floats.
     """
     report = read_edge_report(folder)
-    names = sorted({*_measured(folder, report), *_told(folder, report)})
+    names = sorted({*_measured(folder, report), *_told(folder)})
     manifest = BundleManifest(
         student=report.student.name,
         recommended=report.recommended,
@@ -85,10 +85,9 @@ def _measured(folder: Path, report: EdgeReport) -> Iterable[str]:
             yield name
 
 
-def _told(folder: Path, report: EdgeReport) -> Iterable[str]:
-    """What says something about them, and the programs that run them."""
-    programs = {PROGRAMS[file.runtime] for file in report.files if file.shipped}
-    for name in (CARD_JSON, CARD_MARKDOWN, EDGE_FILE, REPORT_FILE, *sorted(programs)):
+def _told(folder: Path) -> Iterable[str]:
+    """What says something about them, and the program that runs them."""
+    for name in (CARD_JSON, CARD_MARKDOWN, EDGE_FILE, REPORT_FILE, PROGRAM):
         _require(folder / name)
         yield name
 

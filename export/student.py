@@ -123,7 +123,7 @@ def _conclude(
     judged = judge_files(files, settings.gate, drop, native=platform.machine() in _HALF_IS_NATIVE)
     judged = [_put_aside(file, out_dir) for file in judged]
     chosen, why = recommend(judged)
-    write_standalone(judged, out_dir)
+    write_standalone(out_dir)
     engines = {load_runtime(file.runtime).engine(): None for file in judged}
     report = EdgeReport(
         student=info,

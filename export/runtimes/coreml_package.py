@@ -51,7 +51,7 @@ def convert(networks: Networks, onnx_files: Sequence[MadeFile], calibration_crop
                 convert_to="mlprogram",
                 minimum_deployment_target=ct.target.iOS16,
             )
-        except (RuntimeError, ValueError, NotImplementedError, KeyError, TypeError) as error:
+        except (RuntimeError, ValueError, NotImplementedError, KeyError, TypeError) as error:  # whatever an unknown operator trips over
             raise DistillError(f"coremltools cannot convert {info.name}: {first_line(error)}; leave coreml out of edge.formats") from error
         model.user_defined_metadata[STUDENT_METADATA_KEY] = info.model_dump_json()
         model.save(str(path))

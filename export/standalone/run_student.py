@@ -1,14 +1,49 @@
-"""Run a distilled student on an image. Needs onnxruntime, numpy and Pillow.
+"""Run a distilled student on an image. Needs numpy, Pillow and the runtime of the file.
 
 python run_student.py student.int8.onnx photo.jpg [--top 5] [--json]
+
+.onnx needs onnxruntime; .xml needs openvino, and its .bin beside it; .pte needs executorch, and its .pte.json beside it.
 """
 
 import argparse
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
-import onnxruntime
 from PIL import Image, ImageOps
+
+Opened = tuple[str, Callable[[np.ndarray], np.ndarray]]
+
+
+def open_onnx(path: str) -> Opened:
+    """What the file says of itself, and a function from uint8 crops [B,S,S,3] to logits [B,K]; so are the next two."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return session.get_modelmeta().custom_metadata_map["distill.student"], lambda crops: session.run(["logits"], {"images": crops})[0]
+
+
+def open_openvino(path: str) -> Opened:
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(path)
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return model.get_rt_info("distill_student").astype(str), lambda crops: compiled([crops])[0]
+
+
+def open_executorch(path: str) -> Opened:
+    import torch
+    from executorch.runtime import Runtime
+
+    program = Runtime.get().load_program(path)  # its methods do not keep it alive
+    method = program.load_method("forward")
+    said = Path(path + ".json").read_text(encoding="utf-8")
+    return said, lambda crops, program=program: method.execute([torch.from_numpy(crops)])[0].numpy()
+
+
+OPENERS = {".onnx": open_onnx, ".xml": open_openvino, ".pte": open_executorch}
 
 
 def center_crop(image: Image.Image, size: int, crop_ratio: float) -> np.ndarray:
@@ -34,12 +69,15 @@ def main() -> None:
     parser.add_argument("--top", type=int, default=5, help="classes to print")
     parser.add_argument("--json", action="store_true", help="all logits and probabilities, as JSON")
     args = parser.parse_args()
-    session = onnxruntime.InferenceSession(args.model, providers=["CPUExecutionProvider"])
-    student = json.loads(session.get_modelmeta().custom_metadata_map["distill.student"])
+    opener = OPENERS.get(Path(args.model).suffix)
+    if opener is None:
+        parser.error(f"{args.model} is none of {', '.join(OPENERS)}")
+    said, logits_of = opener(args.model)
+    student = json.loads(said)
     how = student["preprocessing"]
     with Image.open(args.image) as image:
         crop = center_crop(image, how["image_size"], how["crop_ratio"])
-    logits = session.run(["logits"], {"images": crop[None]})[0][0].astype(np.float64)
+    logits = logits_of(crop[None])[0].astype(np.float64)
     probs = np.exp(logits - logits.max())
     probs /= probs.sum()
     if args.json:

@@ -74,7 +74,7 @@ def test_a_package_says_what_the_onnx_file_says(
     runtime = load_runtime(name)
     assert runtime.engine() in report.engine
     expected = runtime.open_file(tmp_path / fp32.path, 1)(crops[:1])[0]
-    answer = program_says(tmp_path / f"run_student_{name}.py", tmp_path / fp32.path, tmp_path, crops[0])
+    answer = program_says(tmp_path / "run_student.py", tmp_path / fp32.path, tmp_path, crops[0])
     assert np.allclose(answer["logits"], expected, atol=1e-4)
     assert tuple(answer["class_names"]) == report.student.class_names
     (tmp_path / "broken.xml").write_text("nothing")
