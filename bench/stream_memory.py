@@ -30,10 +30,10 @@ from PIL import Image
 
 from distill.crops import CropRecipe
 from distill.loader import CropLoader, LoaderSettings
+from distill.machine import describe_machine
 from distill.plan import EpochPlan
 from distill.rejections import RejectionLog
 from distill.sources import open_source
-from student_trainer.report import describe_machine
 from student_trainer.store import Segment, SoftLabelStore, StoreIdentity
 
 RESULTS = Path(__file__).parent / "results"

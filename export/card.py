@@ -140,7 +140,7 @@ def markdown(card: StudentCard) -> str:
         "",
         "Recipe:",
         "",
-        *(f"- {_text(key)}: `{_text(str(value))}`" for key, value in card.recipe.items()),
+        *(f"- {_text(key)}: `{_text(_value(value))}`" for key, value in card.recipe.items() if value is not None),
         "",
         f"Classes: {', '.join(_text(name) for name in edge.student.class_names)}.",
         "",
@@ -180,6 +180,13 @@ def _file_row(file: EdgeFile) -> str:
         _text(file.reason),
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _value(value: Any) -> str:
+    """A setting as a person writes it; what was left open of a group of them is left out."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_value(part)}" for key, part in value.items() if part is not None)
+    return str(value)
 
 
 def _text(text: str) -> str:

@@ -6,7 +6,6 @@ Unit of data: one format, such as `openvino`. What is asked for and not installe
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,10 @@ from typing import Protocol, cast
 
 from torch import nn
 
-from distill.errors import ConfigError
 from export.edge import StudentInfo, UnmeasuredFile
 from export.label_space import Crops
 from export.measured import MadeFile
+from export.runtimes.runtime import require_installed
 from export.settings import EdgeFormat
 
 
@@ -76,14 +75,8 @@ def require_formats(formats: Sequence[EdgeFormat]) -> None:
         ConfigError: a package is not installed.
     """
     for name in formats:
-        if name == "onnx":
-            continue
-        missing = [package for package in CONVERTERS[name][1] if importlib.util.find_spec(package) is None]
-        if missing:
-            raise ConfigError(
-                f"edge.formats: {name} needs {', '.join(missing)}, which is not installed: pip install 'distill-service[{name}]',"
-                f" or leave {name} out"
-            )
+        if name != "onnx":
+            require_installed(f"edge.formats: {name}", CONVERTERS[name][1], extra=name)
 
 
 def make_packages(

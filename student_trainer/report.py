@@ -17,7 +17,7 @@ import yaml
 from distill import __version__
 from distill.errors import ConfigError
 from distill.label_metrics import NUM_BINS
-from distill.machine import describe_machine as describe_machine
+from distill.machine import describe_machine
 from student_trainer import comparison_plots, plots
 from student_trainer.changed_confusions import ChangedPair, changed_pairs, mistakes
 from student_trainer.comparison import Candidate, EdgePoint, candidates, in_order
@@ -126,6 +126,7 @@ def _content(gathered: dict[str, Any], students: list[Candidate]) -> dict[str, A
         "rows": _rows(evaluation),
         "confusions": _confusions(evaluation, gathered["class_names"]),
         "labels": _labels(train),
+        "has_controls": bool(evaluation["controls"]),
         "cut_short": [name for name in evaluation["students"] if name in train.get("stopped", {})],
         "unreadable": gathered["history"].get("train", {}).get("unreadable", 0),
         "waits": Waits(**{name: train["totals"][name] for name in Waits.model_fields}).describe().capitalize() + ".",

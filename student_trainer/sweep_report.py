@@ -10,9 +10,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from distill.machine import describe_machine
 from student_trainer import comparison_plots, plots
 from student_trainer.comparison import Cost, costs_of
-from student_trainer.report import describe_machine, write_page
+from student_trainer.report import write_page
 
 
 def write_sweep(path: Path, run_name: str, result: dict[str, Any], history: dict[str, Any]) -> Path:

@@ -25,8 +25,8 @@ from bench.distill.peers_run import COMMANDS, measure_peer
 from bench.distill.profile import profile as profile_arm
 from bench.distill.table import write_table
 from bench.distill.workers import measure_workers
+from distill.machine import describe_machine
 from distill.progress import console, duration
-from student_trainer.report import describe_machine
 
 RESULTS = Path(__file__).parent / "results"
 ORDER = (

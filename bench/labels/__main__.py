@@ -16,10 +16,10 @@ from bench.labels.table import write_table
 from bench.labels.teachers import TEACHERS, Crops, Engine, Logits, export_efficientnet_lite0, tar_crops
 from bench.labels.times import measure
 from bench.science.datasets import read_cifar
+from distill.machine import describe_machine
 from distill.progress import console
 from distill.soft_label_sizes import describe_sizes
 from distill.soft_labels import decode, encode
-from student_trainer.report import describe_machine
 
 RESULTS = Path(__file__).parent / "results"
 TEMPERATURES = ((1.0,), (4.0,), (1.0, 2.0, 4.0), (0.1, 1.0))

@@ -24,8 +24,8 @@ from bench.science.stages import Stages
 from bench.science.table import write_table
 from distill.data_settings import DataSettings, ImagesSettings
 from distill.image_sets import class_names_of, open_unlabelled
+from distill.machine import describe_machine
 from distill.progress import console, duration
-from student_trainer.report import describe_machine
 
 RESULTS = Path(__file__).parent / "results"
 FRACTIONS = (0.01, 0.1)

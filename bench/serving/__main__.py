@@ -25,8 +25,8 @@ from bench.serving.soak import soak
 from bench.serving.systems import ALONE, PEERS, SYSTEMS, Bench, check, ours
 from bench.serving.table import write_table
 from bench.serving.teachers import TEACHERS, make_repository
+from distill.machine import describe_machine
 from distill.progress import console
-from student_trainer.report import describe_machine
 
 RESULTS = Path(__file__).parent / "results"
 Cell = dict[str, Any]

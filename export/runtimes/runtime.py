@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -65,7 +65,16 @@ def load_runtime(name: RuntimeName) -> Runtime:
         ConfigError: its package is not installed; says how to install it.
     """
     spec = RUNTIMES[name]
-    missing = [package for package in spec.needs if importlib.util.find_spec(package) is None]
-    if missing:
-        raise ConfigError(f"{name} needs {', '.join(missing)}, which is not installed: pip install 'distill-service[{spec.extra}]'")
+    require_installed(name, spec.needs, spec.extra)
     return cast("Runtime", importlib.import_module(spec.module))
+
+
+def require_installed(name: str, needs: Sequence[str], extra: str) -> None:
+    """Refuse what lacks a package, such as a runtime; `extra` of ours brings it.
+
+    Raises:
+        ConfigError: says how to install it.
+    """
+    missing = [package for package in needs if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ConfigError(f"{name} needs {', '.join(missing)}, which is not installed: pip install 'distill-service[{extra}]'")

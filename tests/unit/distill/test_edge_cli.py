@@ -36,9 +36,7 @@ EDGE = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _few_threads(one_thread: None) -> None:
-    """See `one_thread`."""
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -27,9 +27,7 @@ from export.student import export_student
 LENIENT = Int8Gate(max_latency_ratio=1e6, max_size_ratio=1e6, max_accuracy_drop=1)
 
 
-@pytest.fixture(autouse=True)
-def _few_threads(one_thread: None) -> None:
-    """See `one_thread`."""
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

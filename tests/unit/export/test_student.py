@@ -37,9 +37,7 @@ INT8 = FP32.replace(
 FP16 = FP32.replace(kind="fp16", path="s.fp16.onnx", size_bytes=2_000_000, fp16_weight_share=1, top1=0.9, size_ratio=0.5)
 
 
-@pytest.fixture(autouse=True)
-def _few_threads(one_thread: None) -> None:
-    """See `one_thread`."""
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -33,9 +33,7 @@ CPU = torch.device("cpu")
 LOUDER = 2000.0
 
 
-@pytest.fixture(autouse=True)
-def _few_threads(one_thread: None) -> None:
-    """See `one_thread`."""
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
