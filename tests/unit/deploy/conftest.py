@@ -105,3 +105,19 @@ def tool() -> Callable[[str], str]:
         return path
 
     return find
+
+
+@pytest.fixture(params=["cpu", "gpu", "everything", "serving only", "a claim with models"])
+def objects(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """All objects of the chart, with each of the combinations of values."""
+    from tests.unit.deploy.chart import rendered
+
+    return rendered(request.param)
+
+
+@pytest.fixture
+def everything() -> list[dict[str, Any]]:
+    """All objects of the chart with all that can be turned on."""
+    from tests.unit.deploy.chart import rendered
+
+    return rendered("everything")
