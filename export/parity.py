@@ -77,6 +77,8 @@ class ParityReport(Section):
     """ONNX operator set of the graph; null where it was not looked at."""
     kept_in_fp32: tuple[str, ...] = ()
     """Layers of an fp16 graph that stay in fp32, because they would overflow."""
+    weight_bits: int | None = None
+    """Of an int8 graph: 8, or 7 where the processor that measured it saturates with 8; null where it was not made here."""
     limits: ParityLimits
     """What was allowed."""
     failures: tuple[str, ...]

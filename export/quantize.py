@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
@@ -128,24 +127,6 @@ class Quantizer:
                 yield
             except _QUANTIZER_ERRORS as error:
                 raise DistillError(f"{self._name} cannot be quantised: {first_line(error)}; {self._way_out}") from error
-
-
-def quantize_int8(
-    fp32: Path,
-    int8: Path,
-    calibration_crops: Crops,
-    *,
-    reduce_range: bool = False,
-    float_logits: bool = False,
-    symmetric: bool = False,
-    way_out: str = "set int8: false to export fp32 alone",
-) -> None:
-    """Write the int8 form of a file; arguments and errors as those of `Quantizer`."""
-    with tempfile.TemporaryDirectory() as folder:
-        quantizer = Quantizer(
-            fp32, calibration_crops, Path(folder), float_logits=float_logits, symmetric=symmetric, way_out=way_out
-        )  # fmt: skip
-        quantizer.write(int8, reduce_range=reduce_range)
 
 
 def int8_weight_share(path: Path) -> float:

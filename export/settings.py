@@ -98,7 +98,8 @@ class TeacherExportSettings(Section):
     """ONNX operator set of the graph."""
     precision: Precision = "fp32"
     """`fp16`: weights and arithmetic in half precision, for a GPU; softmax and layers that would overflow stay in fp32. `int8`: weights and
-    activations in 8 bits, their ranges measured on real crops. Crops, logits and soft labels keep their types. Each has limits of its own
+    activations in 8 bits, their ranges measured on real crops (weights in 7 where the gate would refuse 8, as it does on processors without
+    VNNI that saturate). Crops, logits and soft labels keep their types. Each has limits of its own
     where `parity` is not given: fp16 0.1 in a logit and 5e-4 in KL; int8 3 and 0.5, with an agreement of 0.95."""
     input_size: int | None = Field(default=None, ge=1, le=4096)
     """Height and width, in pixels, of the crops that travel, where it is not the size that the teacher was trained on: then the graph

@@ -28,6 +28,7 @@ def parity_line(report: Report) -> str:
         f"{report.get('precision', 'fp32')}, opset {report.get('opset')}, {report['num_images']} images,"
         f" max |dlogit| {_said(report['max_logit_error'])}, KL {kl}, top-1 agreement {report['top1_agreement']:.2%}"
         + (f", {len(kept)} layers kept in fp32" if kept else "")
+        + (", 7-bit weights: this processor saturates with 8" if report.get("weight_bits") == 7 else "")
     )
 
 

@@ -55,3 +55,5 @@ def test_the_line_states_precision_opset_and_numbers() -> None:
     assert line == (
         "fp16, opset 20, 200 images, max |dlogit| 0.25, KL T=1: 0.062, T=4: 0.001, top-1 agreement 98.50%, 2 layers kept in fp32"
     )
+    seven = parity_line(REPORT.replace(precision="int8", kept_in_fp32=(), weight_bits=7).model_dump(mode="json"))
+    assert seven.endswith("agreement 98.50%, 7-bit weights: this processor saturates with 8")

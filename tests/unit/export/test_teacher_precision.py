@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -19,7 +20,7 @@ from distill.config import validate
 from distill.errors import ConfigError, DistillError, ParityError, StageMissing
 from export.fingerprint import read_teacher_info
 from export.parity import ParityReport, Reference, torch_reference
-from export.quantize import int8_weight_share
+from export.quantize import Quantizer, int8_weight_share
 from export.settings import PARITY_OF, RepositorySettings, TeacherExportSettings
 from export.teacher import admit_teacher, publish_teacher
 from export.teacher_precision import ROUNDED, set_precision, split_crops
@@ -60,6 +61,27 @@ def test_fp16(admit, tmp_path: Path) -> None:
         **dict.fromkeys(("temperature", "logits", "soft_labels"), "tensor(float)"),
     }
     assert read_teacher_info(tmp_path / "teacher" / "model.onnx") == info
+
+
+@pytest.mark.parametrize("saturates", [False, True])
+def test_where_8_bits_saturate_7_are_taken(saturates: bool, admit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor without VNNI is played by weights that are cut off at half their range."""
+    write = Quantizer.write
+
+    def write_as_run(self: Quantizer, int8: Path, *, reduce_range: bool = False) -> None:
+        write(self, int8, reduce_range=reduce_range)
+        model = onnx.load(int8)
+        for tensor in model.graph.initializer:
+            if saturates and tensor.data_type == onnx.TensorProto.INT8:
+                tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).clip(-64, 63), tensor.name))
+        onnx.save(model, int8)
+
+    monkeypatch.setattr(Quantizer, "write", write_as_run)
+    limits = {"max_logit_error": 1e-9, "max_kl": 9, "min_top1_agreement": 0} if saturates else {}
+    with pytest.raises(ParityError) if saturates else contextlib.nullcontext():
+        admit(INT8.replace(parity=limits) if limits else INT8)
+    report = report_in(tmp_path / "teacher", "parity-failed.json" if saturates else "parity.json")
+    assert report.weight_bits == (7 if saturates else 8)
 
 
 def test_int8(admit, network, crops, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from distill.models.classifier import Classifier, build_classifier
 from export.graph import export_student_graph
 from export.label_space import log_softmax
 from export.measured import logits_of
-from export.quantize import quantize_int8
+from export.quantize import Quantizer
 from export.runtimes.onnx_runtime import open_file
 from student_trainer import lessons
 from student_trainer.fake_quantisation import RoundedInput, RoundedWeight, fake_quantised
@@ -189,7 +189,7 @@ def test_an_int8_file_that_was_spoilt_by_rounding_is_mended_by_fine_tuning(
     def loss_of_file(network: nn.Module, name: str) -> float:
         fp32, int8 = tmp_path / f"{name}.fp32.onnx", tmp_path / f"{name}.int8.onnx"
         export_student_graph(network, 8, fp32)
-        quantize_int8(fp32, int8, crops, reduce_range=True)
+        Quantizer(fp32, crops, tmp_path).write(int8, reduce_range=True)
         return float(-(probs_NK * log_softmax(logits_of(open_file(int8, 1), tests, name))).sum(axis=1).mean())
 
     floats = float(-(probs_NK * log_softmax(student(torch.from_numpy(tests)).detach().numpy())).sum(axis=1).mean())
