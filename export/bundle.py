@@ -15,15 +15,19 @@ import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from distill.errors import BadInput, StageMissing
 from export.bundle_manifest import MANIFEST, BundledFile, BundleManifest, checksum_of
-from export.card import CARD_JSON, CARD_MARKDOWN
+from export.card import CARD_JSON, CARD_MARKDOWN, StudentCard, markdown
 from export.edge import EDGE_FILE, EdgeReport, read_edge_report
-from export.files import sha256_of, write_atomically
+from export.files import first_line, sha256_of, write_atomically
 from export.gate import MIN_INT8_WEIGHT_SHARE
 from export.parity_files import REPORT_FILE
 from export.quantize import int8_weight_share
 from export.standalone import PROGRAM
+
+_AGAIN = "run `distill export-student --fresh` again"
 
 
 def make_bundle(folder: Path, target: Path) -> BundleManifest:
@@ -35,10 +39,10 @@ def make_bundle(folder: Path, target: Path) -> BundleManifest:
 
     Raises:
         StageMissing: something is not there.
-        BadInput: a file is not what `edge.json` says of it, or says int8 and holds floats.
+        BadInput: a file is not what `edge.json` says of it, or says int8 and holds floats; the card is of other files.
     """
     report = read_edge_report(folder)
-    names = sorted({*_measured(folder, report), *_told(folder)})
+    names = sorted({*_measured(folder, report), *_told(folder, report)})
     manifest = BundleManifest(
         student=report.student.name,
         recommended=report.recommended,
@@ -71,7 +75,7 @@ def _measured(folder: Path, report: EdgeReport) -> Iterable[str]:
         for name, digest in {file.path: file.sha256, **file.beside}.items():
             _require(folder / name)
             if sha256_of(folder / name) != digest:
-                raise BadInput(f"{folder / name} is not the file that was measured; run `distill export-student --fresh` again")
+                raise BadInput(f"{folder / name} is not the file that was measured; {_AGAIN}")
             yield name
         if file.kind == "int8" and file.runtime == "onnxruntime":
             share = int8_weight_share(folder / file.path)
@@ -81,20 +85,26 @@ def _measured(folder: Path, report: EdgeReport) -> Iterable[str]:
         for name, digest in package.files.items():
             _require(folder / name)
             if sha256_of(folder / name) != digest:
-                raise BadInput(f"{folder / name} is not the file that was made; run `distill export-student --fresh` again")
+                raise BadInput(f"{folder / name} is not the file that was made; {_AGAIN}")
             yield name
 
 
-def _told(folder: Path) -> Iterable[str]:
-    """What says something about them, and the program that runs them."""
+def _told(folder: Path, report: EdgeReport) -> Iterable[str]:
+    """What says something about them, a card of these very files, and the program that runs them."""
     for name in (CARD_JSON, CARD_MARKDOWN, EDGE_FILE, REPORT_FILE, PROGRAM):
         _require(folder / name)
         yield name
+    try:
+        card = StudentCard.model_validate_json((folder / CARD_JSON).read_bytes())
+    except ValidationError as error:
+        raise BadInput(f"{folder / CARD_JSON} is no student card: {first_line(error)}; {_AGAIN}") from error
+    if card.edge != report or markdown(card) != (folder / CARD_MARKDOWN).read_text(encoding="utf-8"):
+        raise BadInput(f"{folder / CARD_JSON}, {CARD_MARKDOWN} and {EDGE_FILE} do not say the same; {_AGAIN}")
 
 
 def _require(path: Path) -> None:
     if not path.is_file():
-        raise StageMissing(f"{path} is not there; run `distill export-student --fresh` again")
+        raise StageMissing(f"{path} is not there; {_AGAIN}")
 
 
 def _entry(student: str, name: str, size_bytes: int) -> tarfile.TarInfo:

@@ -35,7 +35,30 @@ class StudentInfo(Section):
     """What an image goes through before it is a crop. Normalising is inside the graph."""
 
 
-class EdgeFile(Section):
+class Figures(Section):
+    """What the gate looks at."""
+
+    size_bytes: int
+    """Of the file and what is beside it."""
+    int8_weight_share: float
+    """Share of the weights of convolutions and matrix products that are int8."""
+    num_images: int
+    """Test crops that accuracy, agreement and KL were measured on."""
+    num_without_answer: int = 0
+    """Test crops whose logits are infinite or no numbers: they count as wrong, and as if all classes were equally likely. fp32 has none."""
+    top1: float | None
+    """Accuracy on the test crops; null without labels."""
+    agreement: float
+    """Share of test crops with the same most likely class as the fp32 file."""
+    kl: float
+    """Mean KL(fp32 || this file) over the test crops, in nats."""
+    size_ratio: float
+    """Size divided by that of the ONNX fp32 file."""
+    latency_ratio: float
+    """Median latency on one thread divided by that of the ONNX fp32 file, in the same round; median of the rounds."""
+
+
+class EdgeFile(Figures):
     """One file of one student, with what was measured on it."""
 
     student: str
@@ -50,28 +73,12 @@ class EdgeFile(Section):
     """Of the file."""
     beside: dict[str, str] = Field(default_factory=dict)
     """Further files that belong to it -> their sha256."""
-    size_bytes: int
-    """Of the file and what is beside it."""
-    int8_weight_share: float
-    """Share of the weights of convolutions and matrix products that are int8."""
     fp16_weight_share: float = 0.0
     """Share of them that are in half precision."""
     kept_in_float: tuple[str, ...] = ()
     """Layers of an int8 file that stay in float because they hurt, or of an fp16 file because they would overflow."""
-    trained_for_int8: bool = False
-    """Whether the student was fine-tuned with int8's rounding in its forward pass."""
     training_steps: int = 0
-    """Steps of that fine-tuning."""
-    num_images: int
-    """Test crops that accuracy, agreement and KL were measured on."""
-    num_without_answer: int = 0
-    """Test crops whose logits are infinite or no numbers: they count as wrong, and as if all classes were equally likely. fp32 has none."""
-    top1: float | None
-    """Accuracy on the test crops; null without labels."""
-    agreement: float
-    """Share of test crops with the same most likely class as the fp32 file."""
-    kl: float
-    """Mean KL(fp32 || this file) over the test crops, in nats."""
+    """Steps of fine-tuning with int8's rounding in the forward pass."""
     latency_p50_ms: float
     """Median time of one crop on one thread; median of the rounds."""
     latency_p99_ms: float
@@ -83,10 +90,6 @@ class EdgeFile(Section):
     peak_memory_bytes: int | None
     """Memory that loading and running it added to a fresh process with the runtime alone; null where the system does not tell, nobody
     asked, or that process failed (the log says how)."""
-    size_ratio: float
-    """Size divided by that of the ONNX fp32 file."""
-    latency_ratio: float
-    """Median latency on one thread divided by that of the ONNX fp32 file, in the same round; median of the rounds."""
     shipped: bool
     """Whether the file is fit for the edge device. If not it lies in the folder `not_shipped`."""
     reason: str

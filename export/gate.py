@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from export.edge import EdgeFile
+from export.edge import EdgeFile, Figures
 from export.settings import Int8Gate
 
 MIN_INT8_WEIGHT_SHARE = 0.9
@@ -56,12 +56,12 @@ def judge_int8(int8: EdgeFile, fp32: EdgeFile, gate: Int8Gate) -> EdgeFile:
     if complaints:
         return int8.replace(shipped=False, reason="not shipped: " + "; ".join(complaints))
     how = f", {len(int8.kept_in_float)} layers in float" if int8.kept_in_float else ""
-    how += f", fine-tuned for int8 ({int8.training_steps} steps)" if int8.trained_for_int8 else ""
+    how += f", fine-tuned for int8 ({int8.training_steps} steps)" if int8.training_steps else ""
     won = f"latency {_latency(int8, fp32):.2f} and size {_size(int8, fp32):.2f} of fp32, {what} {drop:.4f}{how}"
     return int8.replace(shipped=True, reason=f"shipped: {won}")
 
 
-def int8_complaints(int8: EdgeFile, fp32: EdgeFile, gate: Int8Gate) -> tuple[str, ...]:
+def int8_complaints(int8: Figures, fp32: Figures, gate: Int8Gate) -> tuple[str, ...]:
     """What stands against shipping an int8 file, in words and numbers; nothing if it is fit."""
     drop, what = accuracy_lost(int8, fp32)
     latency, size = _latency(int8, fp32), _size(int8, fp32)
@@ -129,22 +129,22 @@ def judge_same_weights(file: EdgeFile, fp32: EdgeFile, gate: Int8Gate) -> EdgeFi
     return file.replace(shipped=True, reason=f"shipped: {said}")
 
 
-def accuracy_lost(file: EdgeFile, fp32: EdgeFile) -> tuple[float, str]:
+def accuracy_lost(file: Figures, fp32: Figures) -> tuple[float, str]:
     """How much worse a file is than fp32, as a share, and what that is the share of."""
     if file.top1 is None or fp32.top1 is None:
         return 1.0 - file.agreement, "disagreement with fp32"
     return fp32.top1 - file.top1, "accuracy lost"
 
 
-def _latency(file: EdgeFile, fp32: EdgeFile) -> float:
+def _latency(file: Figures, fp32: Figures) -> float:
     return file.latency_ratio / fp32.latency_ratio
 
 
-def _size(file: EdgeFile, fp32: EdgeFile) -> float:
+def _size(file: Figures, fp32: Figures) -> float:
     return file.size_ratio / fp32.size_ratio
 
 
-def is_inaccurate(file: EdgeFile, fp32: EdgeFile, gate: Int8Gate) -> bool:
+def is_inaccurate(file: Figures, fp32: Figures, gate: Int8Gate) -> bool:
     """Whether the gate's limit of accuracy is passed, or some crop got no answer at all."""
     return file.num_without_answer > 0 or _loses_too_much(accuracy_lost(file, fp32)[0], gate)
 
@@ -153,7 +153,7 @@ def _loses_too_much(lost: float, gate: Int8Gate) -> bool:
     return lost > gate.max_accuracy_drop + _SLACK
 
 
-def _without_answer(file: EdgeFile) -> str:
+def _without_answer(file: Figures) -> str:
     return f"infinite logits, or no numbers, on {file.num_without_answer} of {file.num_images} test crops"
 
 

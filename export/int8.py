@@ -14,11 +14,12 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from distill.errors import DistillError
-from export.edge import EdgeFile, Int8Attempt
+from export.edge import Figures, Int8Attempt
 from export.gate import int8_complaints, is_inaccurate
 from export.graph import export_student_graph
 from export.label_space import Crops
@@ -52,7 +53,7 @@ FineTune = Callable[[nn.Module, Crops, int], Trained]
 class _Tried:
     account: Int8Attempt
     made: MadeFile
-    figures: EdgeFile
+    figures: Figures
     calibration_kl: float
     reduce_range: bool
     network: nn.Module
@@ -110,7 +111,7 @@ class _Work:
     def __init__(self, network: nn.Module, fp32: Path, crops: Crops, tests: TestSet, settings: StudentExportSettings, folder: Path) -> None:
         self._network, self._fp32, self._crops, self._tests, self._settings, self._folder = network, fp32, crops, tests, settings, folder
         self._fp32_file = MadeFile("fp32", fp32)
-        self._reference = _figures(self._fp32_file, self._tests.quality(tests.fp32_logits), 1.0, 1.0)
+        self._reference = self._figures_of(self._fp32_file, self._tests.quality(tests.fp32_logits), 1.0)
         self._calibration = TestSet(crops, None, logits_of(self._fp32_file.open(num_threads=1), crops, fp32.name))
         self._quantizer = self._quantizer_of(fp32, "plain")
         self.tried: list[_Tried] = []
@@ -196,7 +197,7 @@ class _Work:
         calibration_kl = float(self._calibration.quality(answers_of(predict, self._crops))["kl"] or 0.0)
         files = {"fp32": self._fp32_file.open(num_threads=1), "int8": predict}
         latency = measure_latency(files, self._tests.crops[:1], SHORT_ROUNDS, SHORT_REPEATS)
-        figures = _figures(made, quality, path.stat().st_size / self._fp32.stat().st_size, latency["int8"].ratio)
+        figures = self._figures_of(made, quality, latency["int8"].ratio)
         account = Int8Attempt(
             how=how,
             kept_in_float=keep_in_float,
@@ -209,25 +210,11 @@ class _Work:
         )
         self.tried.append(_Tried(account, made, figures, calibration_kl, reduce_range, network or self._network))
 
-
-def _figures(made: MadeFile, quality: dict[str, float | int | None], size_ratio: float, latency_ratio: float) -> EdgeFile:
-    """As much of an `EdgeFile` as the gate looks at."""
-    unknown = dict.fromkeys(("latency_p50_ms", "latency_p99_ms", "latency_all_p50_ms", "latency_all_p99_ms"), 0.0)
-    return EdgeFile(
-        student="",
-        kind=made.kind,
-        path=made.path.name,
-        sha256="",
-        size_bytes=made.size_bytes,
-        int8_weight_share=int8_weight_share(made.path),
-        kept_in_float=made.kept_in_float,
-        trained_for_int8=made.training_steps > 0,
-        training_steps=made.training_steps,
-        peak_memory_bytes=None,
-        size_ratio=size_ratio,
-        latency_ratio=latency_ratio,
-        shipped=False,
-        reason="",
-        **quality,
-        **unknown,
-    )
+    def _figures_of(self, file: MadeFile, quality: dict[str, Any], latency_ratio: float) -> Figures:
+        return Figures(
+            size_bytes=file.size_bytes,
+            int8_weight_share=int8_weight_share(file.path),
+            size_ratio=file.size_bytes / self._fp32_file.size_bytes,
+            latency_ratio=latency_ratio,
+            **quality,
+        )

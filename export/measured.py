@@ -137,7 +137,6 @@ def measure_files(student: str, files: Sequence[MadeFile], tests: TestSet, setti
             int8_weight_share=file.shares()[0],
             fp16_weight_share=file.shares()[1],
             kept_in_float=file.kept_in_float,
-            trained_for_int8=file.training_steps > 0,
             training_steps=file.training_steps,
             peak_memory_bytes=_peak_memory(file, tests.crops.shape[1]) if settings.peak_memory else None,
             shipped=True,

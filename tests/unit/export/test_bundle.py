@@ -293,6 +293,22 @@ def test_only_what_was_measured_goes_into_a_bundle(student: Path, tmp_path: Path
     assert list(tmp_path.glob(".never*")) == []
 
 
+def test_a_card_of_other_files_does_not_get_into_a_bundle(student: Path, tmp_path: Path) -> None:
+    card = (student / "card.md").read_text()
+    (student / "card.md").write_text(card.replace("tiny", "tinier"))
+    with pytest.raises(BadInput, match=r"card\.json, card\.md and edge\.json do not say the same; run"):
+        make_bundle(student, tmp_path / "never.tar")
+    (student / "card.md").write_text(card)
+    report = read_edge_report(student)
+    report.replace(why="because").write(student)
+    with pytest.raises(BadInput, match="do not say the same"):
+        make_bundle(student, tmp_path / "never.tar")
+    (student / "card.json").write_text("{}")
+    with pytest.raises(BadInput, match=r"card\.json is no student card"):
+        make_bundle(student, tmp_path / "never.tar")
+    assert not list(tmp_path.glob("*never*"))
+
+
 def test_a_file_that_says_int8_and_holds_float_does_not_get_into_a_bundle(student: Path, tmp_path: Path) -> None:
     """Even where edge.json vouches for it."""
     shutil.copyfile(student / "tiny.fp32.onnx", student / "tiny.int8.onnx")

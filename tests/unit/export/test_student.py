@@ -388,7 +388,7 @@ def test_of_plain_and_fine_tuned_the_better_file_is_kept(export, network) -> Non
     assert harmed_kl is not None
     assert 0 < plain_kl < harmed_kl
     assert report.int8_notes == ("made worse",)
-    assert not report.files[1].trained_for_int8
+    assert not report.files[1].training_steps
 
 
 def test_latencies_are_measured_by_turns(crops) -> None:
