@@ -219,11 +219,16 @@ students=$(find "$RUNS/verify/export-student" -name '*.fp32.onnx' | wc -l)
 [ -s "$RUNS/verify/report/report.html" ] || fail "no report"
 saw "the run is done: $students students with edge files and a report in ./runs"
 
-# --- a graceful stop in the middle of a longer run, which writes no checkpoint of its own accord ---
-export DISTILL_OVERRIDES="$DISTILL_OVERRIDES train.epochs=40 train.checkpoint_every_steps=1000000"
+# --- two workers; a graceful stop in the middle of a longer run, which writes no checkpoint of its own accord ---
+export DISTILL_OVERRIDES="$DISTILL_OVERRIDES train.epochs=40 train.checkpoint_every_steps=1000000 ray.num_workers=2"
 rm -f "$RUNS/verify/train/metrics.jsonl"
-stack up -d --no-deps trainer > "$SCRATCH/up2.log" 2>&1
-wait_for 300 "a step of the longer run" trains 3
+stack up -d --no-deps --no-recreate --scale ray-worker=2 ray-worker > "$SCRATCH/up2.log" 2>&1
+wait_for 120 "a second Ray worker in Prometheus" has_result 'count(up{job="ray"} == 1) == 3'
+stack up -d --no-deps --scale ray-worker=2 trainer >> "$SCRATCH/up2.log" 2>&1
+wait_for 600 "a step of the longer run" trains 3
+trainers() { for id in $(stack ps -q ray-worker); do docker top "$id" -o cmd; done | grep -c 'ray::.*TrainWorker'; }
+[ "$(trainers)" = 2 ] || fail "$(trainers) training workers instead of 2"
+saw "--scale ray-worker=2: both are in Prometheus, and a run trains on two workers"
 touch "$SCRATCH/before-the-stop"
 stack stop trainer > /dev/null 2>&1
 code=$(docker inspect -f '{{.State.ExitCode}}' "$(stack ps -aq trainer)")
@@ -240,7 +245,7 @@ saw "taken down: no container, volume or network is left"
 {
   echo "# What deploy/verify_compose.sh saw"
   echo
-  echo "Written by the script; do not edit. $(date -u +%F), commit $(git rev-parse --short HEAD)$(git diff --quiet HEAD -- . || echo ' with changes'), $(nproc) cores."
+  echo "Written by the script; do not edit. $(date -u +%F), commit $(git rev-parse --short HEAD)$(git diff --quiet HEAD -- . ':!deploy/verify_compose.md' || echo ' with changes'), $(nproc) cores."
   [ "$STANDINS" = yes ] && echo "Upstream images were stand-ins made of Debian's packages (python, prometheus $(docker run --rm --entrypoint prometheus "$PROMETHEUS_IMAGE" --version 2>&1 | grep -om1 'version [0-9.]*')); Grafana did not run; Triton is the one of deploy/docker/triton-cpu.Dockerfile."
   echo
   echo "| after | |"
