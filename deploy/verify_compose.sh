@@ -226,8 +226,9 @@ stack up -d --no-deps --no-recreate --scale ray-worker=2 ray-worker > "$SCRATCH/
 wait_for 120 "a second Ray worker in Prometheus" has_result 'count(up{job="ray"} == 1) == 3'
 stack up -d --no-deps --scale ray-worker=2 trainer >> "$SCRATCH/up2.log" 2>&1
 wait_for 600 "a step of the longer run" trains 3
-trainers() { for id in $(stack ps -q ray-worker); do docker top "$id" -o cmd; done | grep -c 'ray::.*TrainWorker'; }
-[ "$(trainers)" = 2 ] || fail "$(trainers) training workers instead of 2"
+trainers() { for id in $(stack ps -q ray-worker); do docker top "$id" -eo pid,cmd; done | grep -c 'ray::.*TrainWorker'; }
+two_train() { [ "$(trainers)" = 2 ]; }
+wait_for 60 "a second training worker" two_train
 saw "--scale ray-worker=2: both are in Prometheus, and a run trains on two workers"
 touch "$SCRATCH/before-the-stop"
 stack stop trainer > /dev/null 2>&1

@@ -25,6 +25,7 @@ from bench.distill.peers_run import COMMANDS, measure_peer
 from bench.distill.profile import profile as profile_arm
 from bench.distill.table import write_table
 from bench.distill.workers import measure_workers
+from distill.cluster.environment import set_environment
 from distill.machine import describe_machine
 from distill.progress import console, duration
 
@@ -70,6 +71,7 @@ def _options(command: Any) -> Any:
 @click.group()
 def main() -> None:
     """What distilling costs."""
+    set_environment()  # as `distill` does, and for all arms alike
 
 
 @main.command()

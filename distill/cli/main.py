@@ -29,6 +29,7 @@ from distill.cli.repository import repository
 from distill.cli.store import store
 from distill.cli.submit import submit
 from distill.cli.tuning import tune
+from distill.cluster.environment import set_environment
 from distill.errors import ConfigError, DistillError, Terminated
 
 VERBS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -176,12 +177,7 @@ cli.add_command(submit)
 def entry() -> NoReturn:
     """What the installed `distill` script calls: runs the command and ends the process with the right code."""
     signal.signal(signal.SIGTERM, _terminate)
-    # Threads of torch that wait for each other sleep instead of spinning: on cores that somebody else needs too (a teacher, Ray) spinning
-    # makes them several times slower. Read by OpenMP when torch is imported, here and in every process that is started from here.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # gRPC would write a line to the terminal whenever Ray starts a process while Triton is being asked. Nothing here forks without exec.
-    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    set_environment()
     sys.exit(run_command(sys.argv[1:]))
 
 
