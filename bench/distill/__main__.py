@@ -214,7 +214,7 @@ def _prepare(
         images, option = (cifar, "--cifar") if name == "cifar" else (photos, "--photos")
         if images is None or (name == "cifar" and cifar_teacher is None):
             raise click.UsageError(f"case {name} needs {option}" + (" and --cifar-teacher" if name == "cifar" else ""))
-        case, folder = (quick(CASES[name]), cache / "quick") if is_quick else (CASES[name], cache)
+        case, folder = (quick(CASES[name]), cache.absolute() / "quick") if is_quick else (CASES[name], cache.absolute())
         console.print(f"preparing {name}")
         prepared.append(prepare(case, folder, images, cifar_teacher if name == "cifar" else None, threads))
     return prepared
