@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ from export.label_space import Crops, Logits
 from export.runtimes.runtime import Predict
 
 if TYPE_CHECKING:
+    import openvino as ov
+
     from export.edge import StudentInfo
     from export.measured import MadeFile
     from export.packages import Networks, Package
@@ -26,13 +29,19 @@ if TYPE_CHECKING:
 INFO_KEY = "distill_student"
 
 
-def open_file(path: Path, num_threads: int) -> Predict:
-    """See `Runtime`."""
+@cache
+def _core() -> ov.Core:
+    """One for the process, never given back. Its CPU plugin gives the thread that loads it a signal stack and frees that at its own end, in
+    whatever thread that is: the first signal that the loading thread then gets, Ctrl-C too, ends the process with SIGSEGV (2026.4.1)."""
     import openvino as ov
 
-    core = ov.Core()
+    return ov.Core()
+
+
+def open_file(path: Path, num_threads: int) -> Predict:
+    """See `Runtime`."""
     try:
-        compiled = core.compile_model(
+        compiled = _core().compile_model(
             str(path),
             "CPU",
             {
@@ -56,7 +65,7 @@ def engine() -> str:
     """See `Runtime`."""
     import openvino as ov
 
-    ov.Core().get_property("CPU", "FULL_DEVICE_NAME")  # loads what runs on the CPU: memory is told without the runtime's own
+    _core().get_property("CPU", "FULL_DEVICE_NAME")  # loads what runs on the CPU: memory is told without the runtime's own
     return f"OpenVINO {ov.__version__.partition('-')[0]}"
 
 
@@ -99,7 +108,7 @@ def _weight_shares(path: Path) -> tuple[float, float]:
     (Scales and biases have one.)"""
     import openvino as ov
 
-    constants = [op for op in ov.Core().read_model(path).get_ops() if op.get_type_name() == "Constant"]
+    constants = [op for op in _core().read_model(path).get_ops() if op.get_type_name() == "Constant"]
     weights = [
         (op.get_element_type(), math.prod(op.get_output_shape(0))) for op in constants if sum(n > 1 for n in op.get_output_shape(0)) > 1
     ]

@@ -46,6 +46,33 @@ def program_says(program: Path, model: Path, tmp_path: Path, crop: np.ndarray) -
     return answer
 
 
+CTRL_C = """
+import os, signal, sys, threading
+from pathlib import Path
+import numpy as np
+import openvino as ov
+from export.runtimes import openvino_runtime
+node = ov.opset13.relu(ov.opset13.parameter([1, 4], ov.Type.f32))
+ov.save_model(ov.Model([node], [node.input_value(0).get_node()]), sys.argv[1])
+held = [openvino_runtime.open_file(Path(sys.argv[1]), 1)]
+held[0](np.zeros((1, 4), np.float32))
+thread = threading.Thread(target=held.clear)  # as when its garbage is collected there
+thread.start()
+thread.join()
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    threading.Event().wait(30)
+except KeyboardInterrupt:
+    print("heard")
+"""
+
+
+def test_ctrl_c_is_heard_after_openvino(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    done = subprocess.run([sys.executable, "-c", CTRL_C, tmp_path / "m.xml"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "heard\n"), done.stderr
+
+
 @pytest.mark.parametrize(
     ("name", "needs", "suffix"),
     [
