@@ -11,10 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.unit.deploy import helm
-
-if not helm.IS_INSTALLED:
-    pytest.skip("helm-python-sdk is not installed (extra checks)", allow_module_level=True)
+helm = pytest.importorskip("helm_python", reason="helm-python-sdk is not installed (extra checks)", exc_type=ImportError)
 kubernetes = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed (extra checks)", exc_type=ImportError)
 
 import jsonschema  # noqa: E402 - comes with kubernetes-validate
@@ -79,7 +76,8 @@ Object = dict[str, Any]
 
 def render(values: Object, chart: Path = CHART) -> list[Object]:
     """All objects of a release named `students` in the namespace `lab`."""
-    manifests = [text for path, text in helm.render(chart, values).items() if not path.endswith("NOTES.txt")]
+    texts = helm.Chart.load(chart).render(values, name="students", namespace="lab")
+    manifests = [text for path, text in texts.items() if not path.endswith("NOTES.txt")]
     return [found for text in manifests for found in yaml.safe_load_all(text) if found]
 
 

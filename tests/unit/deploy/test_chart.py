@@ -52,7 +52,7 @@ def test_names_do_not_collide(objects: list[Object]) -> None:
 
 @pytest.mark.parametrize("values", [*COMBINATIONS.values(), {"run": {"existingConfigMap": "mine"}}], ids=[*COMBINATIONS, "config map"])
 def test_helm_lints_it(values: Object) -> None:
-    found = helm.lint(CHART, values)
+    found = helm.lint(CHART, values, strict=True)
     assert (found["errors"], [m for m in found["messages"] if m["severity"] > 1]) == ([], [])
 
 
@@ -108,7 +108,7 @@ def test_a_kind_that_nobody_has_a_schema_for_fails() -> None:
 )
 def test_a_value_that_cannot_be_is_refused_by_name(values: Object, told: str) -> None:
     with pytest.raises(helm.HelmError, match=told):
-        helm.validate(CHART, {"run": RUN, **values} if "run" not in values else values)
+        helm.Chart.load(CHART).validate_schema({"run": RUN, **values} if "run" not in values else values)
 
 
 @pytest.mark.parametrize(
