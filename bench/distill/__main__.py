@@ -137,7 +137,8 @@ def _measure(one: Prepared, arm: str, peers: Path | None, timm_train: Path | Non
         command = [sys.executable, "-m", "bench.distill.cell", one.to_json(), arm]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"{arm} failed: {' | '.join(done.stderr.strip().splitlines()[-15:])}")
+            console.print(done.stderr, markup=False)
+            raise RuntimeError(f"{arm} failed: {done.stderr.strip().splitlines()[-1]}")
         cell: Cell = json.loads(done.stdout.strip().splitlines()[-1])
         return cell
     except RuntimeError as error:
