@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from distill.cluster.environment import ENVIRONMENT
 from distill.errors import DistillError
 from export.runtimes.runtime import RuntimeName
 
@@ -25,10 +26,10 @@ def peak_memory_bytes(runtime: RuntimeName, path: Path, image_size: int) -> int 
         DistillError: the file does not run in a process of its own.
     """
     command = [sys.executable, "-m", "export.memory_probe", runtime, str(path.absolute()), str(image_size)]
+    # As on the device: without what makes a training process keep its memory.
+    environment = {name: value for name, value in os.environ.items() if name not in ENVIRONMENT} | {"OMP_NUM_THREADS": "1"}
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=TIMEOUT_S, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=True, env=environment)
         return json.loads(done.stdout.splitlines()[-1])
     except (subprocess.SubprocessError, IndexError, ValueError) as error:
         said = (getattr(error, "stderr", "") or "").strip().splitlines()

@@ -19,7 +19,7 @@ from export.fingerprint import load_model
 from export.graph import save_model
 from export.graph_regions import opset_of
 from export.half_precision import HalfPrecision, to_half_precision
-from export.label_space import Crops
+from export.label_space import Crops, Logits
 from export.parity import ParityReport, Reference, check_parity
 from export.quantize import Quantizer, int8_weight_share
 from export.runners import OnnxRunner
@@ -86,36 +86,28 @@ def _to_int8(path: Path, crops_NHWC: Crops, settings: TeacherExportSettings) -> 
     """Rewrite the file; return the bits of its weights: 8, or 7 where the gate would refuse 8 here and 7 are nearer to fp32. So it is on
     x86 processors without VNNI, whose multiply-add of 8-bit numbers saturates."""
     for_tensorrt = settings.repository.acceleration == "tensorrt"
+    fp32, ones_N1 = OnnxRunner.of_file(path), np.ones((len(crops_NHWC), 1), np.float32)
+    ids = [str(row) for row in range(len(crops_NHWC))]
+
+    def fp32_logits(crops_BHWC: Crops) -> Logits:
+        return fp32(crops_BHWC, ones_N1[: len(crops_BHWC)])[0]
+
+    def errors_of(int8: Path) -> ParityReport:
+        return check_parity(fp32_logits, int8, crops_NHWC, ids, settings.limits, settings.parity_temperatures)
+
     with tempfile.TemporaryDirectory() as scratch:
-        fp32, seven = (Path(scratch) / name for name in ("fp32.onnx", "seven.onnx"))
-        shutil.copyfile(path, fp32)
         way_out = "set teacher.precision to fp32 or fp16"
         quantizer = Quantizer(path, crops_NHWC, Path(scratch), float_logits=True, symmetric=for_tensorrt, way_out=way_out)
         quantizer.write(path)
-        if for_tensorrt:
+        if for_tensorrt or (at_8 := errors_of(path)).passed:
             return 8
-        at_8 = _errors(fp32, path, crops_NHWC, settings)
-        if at_8.passed:
-            return 8
+        seven = Path(scratch) / "seven.onnx"
         quantizer.write(seven, reduce_range=True)
-        at_7 = _errors(fp32, seven, crops_NHWC, settings)
+        at_7 = errors_of(seven)
         if len(at_7.failures) > len(at_8.failures) or max(at_7.max_kl.values()) >= max(at_8.max_kl.values()):
             return 8
         shutil.copyfile(seven, path)
         return 7
-
-
-def _errors(fp32: Path, int8: Path, crops_NHWC: Crops, settings: TeacherExportSettings) -> ParityReport:
-    network, ones_N1 = OnnxRunner.of_file(fp32), np.ones((len(crops_NHWC), 1), np.float32)
-    ids = [str(row) for row in range(len(crops_NHWC))]
-    return check_parity(
-        lambda crops_BHWC: network(crops_BHWC, ones_N1[: len(crops_BHWC)])[0],
-        int8,
-        crops_NHWC,
-        ids,
-        settings.limits,
-        settings.parity_temperatures,
-    )
 
 
 def found_precision(path: Path, settings: TeacherExportSettings) -> PreciseTeacher:

@@ -57,7 +57,7 @@ _cifar_teacher = click.option(
     "--cifar-teacher", type=click.Path(exists=True, path_type=Path), help="Weights of the CIFAR ResNet-56, safetensors."
 )
 _photos = click.option("--photos", type=click.Path(exists=True, path_type=Path), help="Tar with train/CLASS/*.JPEG.")
-_cache = click.option("--cache", type=click.Path(path_type=Path), default=Path("runs/bench-distill"), show_default=True)
+_cache = click.option("--cache", type=click.Path(path_type=Path, resolve_path=True), default=Path("runs/bench-distill"), show_default=True)
 _threads = click.option("--threads", type=int, default=2, show_default=True, help="Of torch, of the teacher's engine, and of decoding.")
 _quick = click.option("--quick", "is_quick", is_flag=True, help="Tiny sizes, to see that all of it runs; no result is kept.")
 
@@ -215,7 +215,7 @@ def _prepare(
         images, option = (cifar, "--cifar") if name == "cifar" else (photos, "--photos")
         if images is None or (name == "cifar" and cifar_teacher is None):
             raise click.UsageError(f"case {name} needs {option}" + (" and --cifar-teacher" if name == "cifar" else ""))
-        case, folder = (quick(CASES[name]), cache.absolute() / "quick") if is_quick else (CASES[name], cache.absolute())
+        case, folder = (quick(CASES[name]), cache / "quick") if is_quick else (CASES[name], cache)
         console.print(f"preparing {name}")
         prepared.append(prepare(case, folder, images, cifar_teacher if name == "cifar" else None, threads))
     return prepared

@@ -77,9 +77,9 @@ def test_where_8_bits_saturate_7_are_taken(saturates: bool, admit, tmp_path: Pat
         onnx.save(model, int8)
 
     monkeypatch.setattr(Quantizer, "write", write_as_run)
-    limits = {"max_logit_error": 1e-9, "max_kl": 9, "min_top1_agreement": 0} if saturates else {}
+    limits = {"max_logit_error": 1e-9, "max_kl": 9, "min_top1_agreement": 0} if saturates else None
     with pytest.raises(ParityError) if saturates else contextlib.nullcontext():
-        admit(INT8.replace(parity=limits) if limits else INT8)
+        admit(INT8.replace(parity=limits))
     report = report_in(tmp_path / "teacher", "parity-failed.json" if saturates else "parity.json")
     assert report.weight_bits == (7 if saturates else 8)
 
