@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from distill.config import Section
 from teacher_server.backend import CheckedTeacher, TeacherBackend
-from teacher_server.settings import PoolSettings
+from teacher_server.settings import EmbeddedDevice, PoolSettings
 
 
 class TeacherAddress(Section):
@@ -36,6 +36,8 @@ class TeacherAddress(Section):
     a limit of its own for each member."""
     num_threads: int = Field(default=0, ge=0)
     """Threads of an embedded teacher; 0 lets ONNX Runtime decide."""
+    device: EmbeddedDevice = "auto"
+    """Where an embedded teacher computes."""
 
     @model_validator(mode="after")
     def _exactly_one_place(self) -> Self:
@@ -64,7 +66,8 @@ def open_teacher(address: TeacherAddress) -> TeacherBackend:
     from teacher_server.embedded import EmbeddedTeacher
 
     assert address.repository is not None
-    return EmbeddedTeacher.from_repository(Path(address.repository), address.model, num_threads=address.num_threads)
+    repository = Path(address.repository)
+    return EmbeddedTeacher.from_repository(repository, address.model, device=address.device, num_threads=address.num_threads)
 
 
 def _open_url(url: str, address: TeacherAddress, max_in_flight: int) -> CheckedTeacher:

@@ -11,6 +11,7 @@ import asyncio
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -20,6 +21,7 @@ from distill.teacher_info import METADATA_KEY, TeacherInfo
 from distill.wire import IMAGES, LOGITS, SOFT_LABELS, TEMPERATURE, TOP_IDS, TOP_LOGITS
 from teacher_server.backend import CheckedTeacher, Crops, Floats, parse_info
 from teacher_server.model_repository import served_model
+from teacher_server.settings import EmbeddedDevice
 
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
@@ -31,17 +33,17 @@ logger = logging.getLogger(__name__)
 class Engine:
     """One ONNX Runtime session and the one thread that calls it. Clients in several event loops may share it."""
 
-    def __init__(self, model: Path, *, provider: str = CPU, num_threads: int = 0, max_batch_size: int = 256) -> None:
+    def __init__(self, model: Path, *, device: EmbeddedDevice = "auto", num_threads: int = 0, max_batch_size: int = 256) -> None:
         """`num_threads` 0 lets ONNX Runtime decide; batches above `max_batch_size` are split to bound memory.
 
         Raises:
             StageMissing: there is no such file.
-            RequestRefused: the file is no teacher graph, or the provider asked for is not the one that would run.
+            RequestRefused: the file is no teacher graph, or the device asked for is not the one that would compute.
         """
         if not model.is_file():
             raise StageMissing(f"there is no teacher at {model}; make it with `distill export-teacher`")
         self.max_batch_size = max_batch_size
-        self._session = _session(model, provider, num_threads)
+        self._session = _session(model, device, num_threads)
         self.info = _read_info(self._session, model)
         # One call at a time: ONNX Runtime already uses every core for one batch, two at once only share caches.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="teacher-engine")
@@ -82,9 +84,9 @@ class EmbeddedTeacher(CheckedTeacher):
         self._owns_engine = owns_engine
 
     @classmethod
-    def from_repository(cls, repository: Path, name: str, *, provider: str = CPU, num_threads: int = 0) -> EmbeddedTeacher:
+    def from_repository(cls, repository: Path, name: str, *, device: EmbeddedDevice = "auto", num_threads: int = 0) -> EmbeddedTeacher:
         """The served version of a model in a Triton model repository. Raises as `Engine` does."""
-        return cls(Engine(served_model(repository, name), provider=provider, num_threads=num_threads))
+        return cls(Engine(served_model(repository, name), device=device, num_threads=num_threads))
 
     async def _load_info(self) -> TeacherInfo:
         return self._engine.info
@@ -98,22 +100,34 @@ class EmbeddedTeacher(CheckedTeacher):
             await asyncio.to_thread(self._engine.close)
 
 
-def _session(model: Path, provider: str, num_threads: int) -> onnxruntime.InferenceSession:
-    known = onnxruntime.get_available_providers()
-    if provider not in known:
-        raise RequestRefused(f"this onnxruntime has no {provider}, it has {', '.join(known)}; install the extra `gpu` for CUDA")
+def _session(model: Path, device: EmbeddedDevice, num_threads: int) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = num_threads
     options.log_severity_level = _QUIET
     # Idle threads must not spin: decoding and training run on the same cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
-        session = onnxruntime.InferenceSession(str(model), options, providers=[provider])
+        session = onnxruntime.InferenceSession(str(model), options, providers=_providers(device))
     except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
         raise RequestRefused(f"{model} cannot be loaded: {' '.join(str(error).split())}") from error
-    if session.get_providers()[0] != provider:  # ONNX Runtime falls back to the CPU without an error
-        raise RequestRefused(f"{provider} was asked for, but ONNX Runtime would run on {session.get_providers()[0]}; check the driver")
+    runs_on = session.get_providers()[0]  # without a working driver ONNX Runtime falls back to the CPU, and raises nothing
+    if device == "cuda" and runs_on != CUDA:
+        raise RequestRefused(f"{CUDA} was asked for, but ONNX Runtime would run on {runs_on}; check the driver")
+    logger.info("the embedded teacher runs on ONNX Runtime's %s", runs_on)
     return session
+
+
+def _providers(device: EmbeddedDevice) -> list[tuple[str, dict[str, Any]]]:
+    """ONNX Runtime's names of what may compute, the preferred one first."""
+    known = onnxruntime.get_available_providers()
+    if device == "cuda" and CUDA not in known:
+        raise RequestRefused(f"this onnxruntime has no {CUDA}, it has {', '.join(known)}; install the extra `gpu` for CUDA")
+    if device == "cpu" or CUDA not in known:
+        return [(CPU, {})]
+    onnxruntime.preload_dlls()  # CUDA's libraries out of the packages that torch brought
+    # TF32 rounds the factors of a product to 10 bits: not the fp32 that the parity gate passed. By its own choice ONNX Runtime would
+    # try out every algorithm for every new size of a batch.
+    return [(CUDA, {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}), (CPU, {})]
 
 
 def _read_info(session: onnxruntime.InferenceSession, model: Path) -> TeacherInfo:

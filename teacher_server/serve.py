@@ -165,9 +165,9 @@ def _embedded(settings: ServerSettings, repository: Path, name: str, reason: str
     from teacher_server.embedded import EmbeddedTeacher, Engine
     from teacher_server.model_repository import served_model
 
-    threads = settings.embedded_threads
-    engine = Engine(served_model(repository, name), num_threads=threads)
-    address = TeacherAddress(model=name, repository=str(repository.absolute()), num_threads=threads)
+    threads, device = settings.embedded_threads, settings.embedded_device
+    engine = Engine(served_model(repository, name), device=device, num_threads=threads)
+    address = TeacherAddress(model=name, repository=str(repository.absolute()), num_threads=threads, device=device)
     try:
         # Clients of this process share one engine: two sessions would hold the weights twice and fight for the cores.
         yield ServedTeacher("embedded", address, lambda: EmbeddedTeacher(engine, owns_engine=False), reason)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from distill.config import Section
+
+EmbeddedDevice: TypeAlias = Literal["auto", "cpu", "cuda"]
+"""Where an embedded teacher computes."""
 
 
 class TritonSettings(Section):
@@ -80,6 +83,9 @@ class ServerSettings(Section):
     """`triton` (the real server), `embedded` (ONNX Runtime in this process), or `auto`: Triton where it can run, said aloud if not."""
     embedded_threads: int = Field(default=0, ge=0)
     """Threads of an embedded teacher; 0 lets ONNX Runtime decide. (Triton's are teacher.repository.intra_op_threads.)"""
+    embedded_device: EmbeddedDevice = "auto"
+    """Where an embedded teacher computes: `cuda` (with the extra `gpu`; the first GPU that the process sees), `cpu`, or `auto`: on the GPU
+    where ONNX Runtime has one."""
     triton: TritonSettings = TritonSettings()
     """How Triton is found, started and asked."""
     pool: PoolSettings = PoolSettings()

@@ -20,6 +20,7 @@ import click
 import torch
 
 from bench.distill.cases import CASES, Case, Prepared, prepare, quick
+from bench.distill.ceilings import measure_ceilings
 from bench.distill.cell import ARMS, Cell
 from bench.distill.peers_run import COMMANDS, measure_peer
 from bench.distill.profile import profile as profile_arm
@@ -49,6 +50,8 @@ ORDER = (
 )
 """The arms of a round. Those that are compared stand near to each other."""
 DEFAULT_CASES = ("cifar", "photos")
+ONLY_CPU = ("triton", "torchdistill")
+"""The Triton that is installed here has no CUDA; torchdistill was driven on a CPU only."""
 NEED_PEERS = ("timm", "timm-pure", "torchdistill")
 
 _case = click.option("--case", "names", type=click.Choice(list(CASES)), multiple=True, default=DEFAULT_CASES, show_default=True)
@@ -102,7 +105,7 @@ def run(
                 continue
             kept = _kept(one, where["is_quick"])
             for turn, arm in enumerate(ORDER):
-                if not _is_wanted(arm, only, peers, kept) or _has(kept, number, turn, arm):
+                if not _is_wanted(one.case, arm, only, peers, kept) or _has(kept, number, turn, arm):
                     continue
                 if time.monotonic() - started > 60 * minutes:
                     console.print(f"stopped after {duration(time.monotonic() - started)}; the same command goes on")
@@ -113,7 +116,9 @@ def run(
                 _write(one, kept, where["is_quick"])
 
 
-def _is_wanted(arm: str, only: tuple[str, ...], peers: Path | None, kept: dict[str, Any]) -> bool:
+def _is_wanted(case: Case, arm: str, only: tuple[str, ...], peers: Path | None, kept: dict[str, Any]) -> bool:
+    if case.device != "cpu" and arm in ONLY_CPU:
+        return False
     if arm in NEED_PEERS and peers is None:
         return False
     if only:
@@ -222,14 +227,15 @@ def _prepare(
 
 
 def _described(one: Prepared) -> dict[str, Any]:
-    return {"case": asdict(one.case), "threads": one.threads, "machine": describe_machine(), "torch": torch.__version__}
+    described = {"case": asdict(one.case), "threads": one.threads, "machine": describe_machine(), "torch": torch.__version__}
+    return described if one.case.device == "cpu" else {**described, "gpu": torch.cuda.get_device_name()}
 
 
 def _kept(one: Prepared, is_quick: bool) -> dict[str, Any]:
     path = _path(one, one.case.name, is_quick)
     described: dict[str, Any] = json.loads(json.dumps(_described(one)))
     if not path.exists():
-        return {**described, "cells": []}
+        return {**described, "cells": []} | ({} if one.case.device == "cpu" else {"ceilings": measure_ceilings()})
     kept: dict[str, Any] = json.loads(path.read_text())
     if {name: kept.get(name) for name in described} != described:
         raise click.ClickException(f"{path} is of another machine, case or number of threads; move it away first")

@@ -18,6 +18,7 @@ import json
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ from distill.rejections import RejectionLog
 from distill.sources import open_source
 from distill.teacher_info import Preprocessing, TeacherInfo
 from export.fingerprint import read_teacher_info
-from export.settings import RepositorySettings, TeacherExportSettings
+from export.settings import PARITY_OF, RepositorySettings, TeacherExportSettings
 from export.teacher import export_teacher, publish_teacher
 from student_trainer.job import TrainJob
 from student_trainer.settings import StudentSettings, TrainSettings
@@ -80,6 +81,8 @@ class Case:
     """Of the arm with several."""
     shorter_side: int | None = None
     """Photographs are enlarged to this first; None leaves them."""
+    device: str = "cpu"
+    """Of student, embedded teacher and the peers. On a GPU the student computes in bf16 and the teacher in fp16."""
     mean: Rgb = field(default=networks.MEAN)
     std: Rgb = field(default=networks.STD)
 
@@ -100,9 +103,10 @@ CASES = {
         Case("cifar", "cifar_resnet56", "cifar_resnet20", 32, 10, batch=128, steps=68, slow_steps=28, warmup=8, rounds=3),
         Case("photos", "resnet50", "mobilenetv3_small_100", 224, 1000, batch=32, steps=32, slow_steps=14, warmup=4, rounds=2),
         Case("large", "resnet50", "mobilenetv3_small_100", 224, 1000, 32, 32, 14, 4, rounds=2, shorter_side=375),
+        Case("gpu", "resnet50", "resnet18", 224, 1000, batch=128, steps=80, slow_steps=80, warmup=16, rounds=2, device="cuda"),
     )
 }
-"""`large` is `photos` enlarged to about the size of ImageNet's files, which costs more decoding."""
+"""`large` is `photos` enlarged to about the size of ImageNet's files, which costs more decoding. `gpu` needs one."""
 
 
 def quick(case: Case) -> Case:
@@ -177,7 +181,7 @@ class Prepared:
             epochs=crops_per_decode,
             num_views=crops_per_decode,
             global_batch=self.case.batch,
-            precision="fp32",
+            precision="fp32" if self.case.device == "cpu" else "bf16",
             num_evaluations=1,
             control=False,
             **more,
@@ -209,7 +213,8 @@ class Prepared:
     @property
     def embedded(self) -> TeacherAddress:
         """The teacher in the asking process."""
-        return TeacherAddress(model=TEACHER, repository=str(self.repository.absolute()), num_threads=self.threads)
+        address = {"model": TEACHER, "repository": str(self.repository.absolute()), "device": self.case.device}
+        return TeacherAddress.model_validate({**address, "num_threads": self.threads})
 
     def crops(self, crops_per_decode: int = 1) -> Iterator[CropBatch]:
         """The batches of the first epoch, made as our trainer makes them."""
@@ -248,12 +253,12 @@ def _cifar(folder: Path) -> Iterator[Encoded]:
 
 
 def _photos(archive: Path, shorter_side: int | None) -> Iterator[Encoded]:
-    """train/CLASS/*.JPEG, dealt out class by class."""
+    """train/CLASS/*.JPEG, dealt out class by class; from the beginning again where that is not enough."""
     with tarfile.open(archive) as tar:
         names = sorted(name for name in tar.getnames() if name.startswith("train/") and name.endswith(".JPEG"))
         classes = sorted({name.split("/")[1] for name in names})
         files = [[name for name in names if name.split("/")[1] == class_name] for class_name in classes]
-        for dealt in zip(*files, strict=False):
+        for dealt in cycle(zip(*files, strict=False)):
             for label, name in enumerate(dealt):
                 member = tar.extractfile(name)
                 assert member is not None  # a regular file, by its name
@@ -305,8 +310,12 @@ def _export(prepared: Prepared, weights: Path | None) -> None:
     torch.save(body.state_dict(), folder / "teacher.pth")
     batch = next(prepared.crops())
     repository = RepositorySettings(intra_op_threads=prepared.threads)
-    settings = TeacherExportSettings(name=TEACHER, num_parity_images=8, repository=repository)
-    crops, names = batch.crops_VBHWC[0][:8], batch.image_ids[:8]
+    settings, count = TeacherExportSettings(name=TEACHER, num_parity_images=8, repository=repository), 8
+    if case.device != "cpu":
+        # Ranges are measured on some crops and the others compared. Random weights leave some crops between two classes.
+        parity = PARITY_OF["fp16"].replace(min_top1_agreement=0.9)
+        settings, count = settings.replace(precision="fp16", num_parity_images=48, parity=parity), 48
+    crops, names = batch.crops_VBHWC[0][:count], batch.image_ids[:count]
     network = Classifier(body, case.preprocessing).eval()
     export_teacher(network, case.preprocessing, prepared.class_names, crops, names, folder / "teacher", settings)
     publish_teacher(folder / "teacher", prepared.repository, settings)

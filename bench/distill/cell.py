@@ -114,7 +114,8 @@ def pure(prepared: Prepared, steps: int) -> Cell:
     settings = prepared.train().students[0].optimizer
     torch.manual_seed(0)
     network = build_classifier(NetworkSettings(name=f"timm:{case.student}"), case.num_classes, case.preprocessing)
-    network = network.to(memory_format=torch.channels_last)
+    device = torch.device(case.device)
+    network = network.to(device, memory_format=torch.channels_last)
     parameters = list(network.parameters())
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
@@ -128,8 +129,10 @@ def pure(prepared: Prepared, steps: int) -> Cell:
         for step, batch in enumerate(prepared.crops()):
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * settings.schedule_at(step, case.num_steps)
-            student_BK = network(torch.from_numpy(batch.crops_VBHWC[0]))
-            loss = -(F.softmax(logits_SBK[step], dim=1) * F.log_softmax(student_BK, dim=1)).sum(dim=1).mean()
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+                student_BK = network(torch.from_numpy(batch.crops_VBHWC[0]).to(device)).float()
+            teacher_BK = logits_SBK[step].to(device)
+            loss = -(F.softmax(teacher_BK, dim=1) * F.log_softmax(student_BK, dim=1)).sum(dim=1).mean()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -158,9 +161,9 @@ def teacher(prepared: Prepared, steps: int) -> Cell:
     return meter.cell()
 
 
-def _train(job: TrainJob, on_row: Callable[[Row], None], folder: Path) -> None:
+def _train(prepared: Prepared, job: TrainJob, on_row: Callable[[Row], None], folder: Path) -> None:
     with suppress(Enough):
-        train_worker(job.model_dump(mode="json"), LocalWorker(folder, on_row, torch.device("cpu")))
+        train_worker(job.model_dump(mode="json"), LocalWorker(folder, on_row, torch.device(prepared.case.device)))
 
 
 def live(prepared: Prepared, steps: int, latency_s: float) -> Cell:
@@ -168,7 +171,7 @@ def live(prepared: Prepared, steps: int, latency_s: float) -> Cell:
     case = prepared.case
     with _scratch(prepared) as folder, stand_in(prepared.answers, prepared.info, latency_s, CAPACITY) as away:
         meter = Meter(case.warmup, steps, case.batch, away)
-        _train(prepared.job(folder, away.address, folder / "store", prepared.train()), meter.tell_row, folder)
+        _train(prepared, prepared.job(folder, away.address, folder / "store", prepared.train()), meter.tell_row, folder)
     return meter.cell()
 
 
@@ -178,7 +181,7 @@ def embedded(prepared: Prepared, steps: int, num_students: int = 1) -> Cell:
     with _scratch(prepared) as folder:
         meter = Meter(case.warmup, steps, case.batch)
         train = prepared.train(num_students=num_students)
-        _train(prepared.job(folder, prepared.embedded, folder / "store", train), meter.tell_row, folder)
+        _train(prepared, prepared.job(folder, prepared.embedded, folder / "store", train), meter.tell_row, folder)
     return meter.cell()
 
 
@@ -187,7 +190,7 @@ def triton(prepared: Prepared, steps: int) -> Cell:
     case, settings = prepared.case, ServerSettings(backend="triton", port=0, auth="none")
     with _scratch(prepared) as folder, open_backend(settings, prepared.repository, TEACHER, folder) as served:
         meter = Meter(case.warmup, steps, case.batch, pids=_children())
-        _train(prepared.job(folder, served.address, folder / "store", prepared.train()), meter.tell_row, folder)
+        _train(prepared, prepared.job(folder, served.address, folder / "store", prepared.train()), meter.tell_row, folder)
     return meter.cell()
 
 
@@ -199,7 +202,7 @@ def store(prepared: Prepared, steps: int, crops_per_decode: int = 1) -> Cell:
         _fill(prepared, filled, crops_per_decode)
     with _scratch(prepared) as folder:
         meter = Meter(case.warmup, steps, case.batch)
-        _train(prepared.job(folder, prepared.embedded, filled, train), meter.tell_row, folder)
+        _train(prepared, prepared.job(folder, prepared.embedded, filled, train), meter.tell_row, folder)
     if meter.asked:
         raise RuntimeError(f"{meter.asked} labels were not in the store {filled}")
     return meter.cell()
@@ -212,7 +215,7 @@ def _fill(prepared: Prepared, filled: Path, crops_per_decode: int) -> None:
     with _scratch(prepared) as folder, stand_in(prepared.answers, prepared.info, 0.0, CAPACITY) as away:
         # Several crops a decode are several epochs; only the first is needed. Its end is told when its labels are committed.
         job = prepared.job(folder, away.address, filled, train.replace(num_evaluations=train.epochs))
-        _train(job, _end_of_epoch, folder)
+        _train(prepared, job, _end_of_epoch, folder)
     (filled / "filled").touch()
 
 

@@ -92,7 +92,7 @@ def _timm(distil: bool) -> Callable[[Prepared, Path | None, int, Path], list[str
             "--train-interpolation": ["bilinear"],
             "--color-jitter": ["0"],
             "--batch-size": [str(case.batch)],
-            "--device": ["cpu"],
+            "--device": [case.device],
             "--opt": ["sgd"],
             "--lr": [str(case.learning_rate)],
             "--weight-decay": ["1e-4"],
@@ -103,6 +103,8 @@ def _timm(distil: bool) -> Callable[[Prepared, Path | None, int, Path], list[str
             "--output": [str(folder)],
             "--channels-last": [],
         }
+        if case.device != "cpu":
+            options |= {"--amp": [], "--amp-dtype": ["bfloat16"]}
         if distil:
             options |= {
                 "--kd-model-name": ["bench_teacher"],
@@ -135,6 +137,7 @@ def _given(script: str) -> Callable[[Prepared, Path | None, int, Path], list[str
             "mean": case.mean,
             "std": case.std,
             "channels_last": True,
+            "device": case.device,
         }
         return [str(SCRIPTS / script), json.dumps(given)]
 

@@ -61,10 +61,17 @@ def _head(kept: dict[str, Any], what: str) -> list[str]:
     return [
         f"## {case['name']}: {what}",
         "",
-        f"{case['teacher']} teaches {case['student']}, {size}, {case['num_classes']} classes, batch {case['batch']}, fp32;"
+        f"{case['teacher']} teaches {case['student']}, {size}, {case['num_classes']} classes, batch {case['batch']}, {_computed(kept)};"
         f" {kept['threads']} threads; {kept['machine']}; torch {kept['torch']}.",
         "",
     ]
+
+
+def _computed(kept: dict[str, Any]) -> str:
+    if "gpu" not in kept:
+        return "fp32"
+    copy, matmul = kept["ceilings"]["copy_bytes_per_s"] / 1e12, kept["ceilings"]["matmul_flops"] / 1e12
+    return f"student in bf16 and teacher in fp16 on one {kept['gpu']} (it copies {copy:.2f} TB/s and multiplies {matmul:.0f} TFLOP/s)"
 
 
 def _case(kept: dict[str, Any]) -> list[str]:

@@ -61,7 +61,7 @@ def run(dataset: str, images: Path, cache: Path, seeds: tuple[int, ...], only: s
         scores = ARMS[arm](arms)
         cell = {"arm": arm, "fraction": fraction, "seed": seed, **scores}
         kept["cells"] = [c for c in kept["cells"] if (c["arm"], c["fraction"], c["seed"]) != (arm, fraction, seed)] + [cell]
-        kept |= {"dataset": dataset, "machine": describe_machine(), "setting": _described(dataset)}
+        kept |= {"dataset": dataset, "machine": _machine(), "setting": _described(dataset)}
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(kept, indent=1) + "\n")
         console.print(f"[bold]{arm}[/bold], {fraction:.0%} of the labels, seed {seed}: top-1 {scores['top1']:.2%}")
@@ -103,6 +103,10 @@ def _stages(images: Path, cache: Path, scored_on: str, seed: int, threads: int) 
     data = DataSettings(unlabelled=train, labelled=train, test=shards(scored_on), image_size=IMAGE_SIZE, crop_ratio=1.0, window_shards=100)
     data = data.replace(class_names=list(class_names_of(data)))
     return Stages(cache, data, open_unlabelled(data).digest(), seed, threads)
+
+
+def _machine() -> str:
+    return describe_machine() + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "")
 
 
 def _described(dataset: str) -> dict[str, Any]:

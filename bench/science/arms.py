@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from bench.science.stages import Made, Result, Stages
 from distill.models.settings import NetworkSettings
 from distill.optimizer_settings import OptimizerSettings
+from distill.precision import Precision
 from student_trainer.settings import StudentSettings, TrainSettings
 from teacher_trainer.settings import FinetuneSettings, PretrainSettings
 
 TEACHER = NetworkSettings(depth=18, width_multiplier=0.25, stem="cifar")
 STUDENT = NetworkSettings(depth=10, width_multiplier=0.125, stem="cifar")
+PRECISION: Precision = "fp32"
+"""On every machine, so that cells of a CPU and of a GPU are of one kind."""
 IMAGE_SIZE = 32
 """Fashion-MNIST, 28 pixels wide, is enlarged to it."""
 
@@ -44,11 +47,22 @@ def sgd(rate: float, decay: float) -> OptimizerSettings:
 
 
 def _supervised(epochs: int, rate: float, min_area: float, decay: float = 5e-4) -> FinetuneSettings:
-    return FinetuneSettings(num_head_layers=0, epochs=epochs, global_batch=64, min_area=min_area, optimizer=sgd(rate, decay))
+    return _classifier(0, epochs, rate, min_area, decay)
 
 
 def _finetune(epochs: int, rate: float, min_area: float, decay: float) -> FinetuneSettings:
-    return FinetuneSettings(num_head_layers=1, epochs=epochs, global_batch=64, min_area=min_area, optimizer=sgd(rate, decay))
+    return _classifier(1, epochs, rate, min_area, decay)
+
+
+def _classifier(num_head_layers: int, epochs: int, rate: float, min_area: float, decay: float) -> FinetuneSettings:
+    return FinetuneSettings(
+        num_head_layers=num_head_layers,
+        epochs=epochs,
+        global_batch=64,
+        min_area=min_area,
+        optimizer=sgd(rate, decay),
+        precision=PRECISION,
+    )
 
 
 def _pretrain(epochs: int, temperature: float, min_area: float) -> PretrainSettings:
@@ -61,11 +75,17 @@ def _pretrain(epochs: int, temperature: float, min_area: float) -> PretrainSetti
         jitter_strength=0.5,
         blur_probability=0.0,
         optimizer=OptimizerSettings(name="adamw", learning_rate=0.005, weight_decay=1e-4),
+        precision=PRECISION,
     )
 
 
 LINEAR = FinetuneSettings(
-    linear=True, epochs=60, global_batch=64, min_area=0.5, optimizer=OptimizerSettings(name="sgd", learning_rate=0.1, weight_decay=0.0)
+    linear=True,
+    epochs=60,
+    global_batch=64,
+    min_area=0.5,
+    optimizer=OptimizerSettings(name="sgd", learning_rate=0.1, weight_decay=0.0),
+    precision=PRECISION,
 )
 
 SETTINGS = {
@@ -151,6 +171,7 @@ class Arms:
             temperature=0.1,
             num_evaluations=1,
             control=False,
+            precision=PRECISION,
         )
         return self.stages.distill(self.stages.serve(self._finetuned()), train, self.fraction)
 
@@ -167,6 +188,7 @@ class Arms:
                 "temperature": 1.0,
                 "num_evaluations": 1,
                 "control": False,
+                "precision": PRECISION,
             }
         )
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from distill.cluster.worker import LocalWorker, Row
 from distill.data_settings import DataSettings
+from distill.devices import best_device
 from distill.evaluation import evaluate_on, evaluation_batches, network_logits
 from distill.image_sets import open_labelled, open_unlabelled
 from distill.label_metrics import score
@@ -154,7 +155,7 @@ class Stages:
 
     def _scores(self, classifier: Path) -> Result:
         """On all test images."""
-        network = load_classifier(classifier).network
+        network = load_classifier(classifier).network.to(best_device())
         with RejectionLog(classifier.parent / "rejected-test.jsonl", 0.01) as rejections:
             logits_NK, labels_N = evaluate_on(network_logits(network), open_labelled(self.data.test, self.data), self.data, rejections)
         scores = score(logits_NK, labels_N).model_dump(exclude={"reliability"})

@@ -28,7 +28,8 @@ def main() -> None:
     teacher = timm.create_model(given["teacher"], num_classes=given["num_classes"])
     teacher.load_state_dict(torch.load(given["weights"], weights_only=True))
     student = timm.create_model(given["student"], num_classes=given["num_classes"])
-    teacher, student = teacher.to(memory_format=layout).eval(), student.to(memory_format=layout).train()
+    device = torch.device(given["device"])
+    teacher, student = teacher.to(device, memory_format=layout).eval(), student.to(device, memory_format=layout).train()
     crop = [
         transforms.RandomResizedCrop(given["image_size"]),
         transforms.RandomHorizontalFlip(),
@@ -39,10 +40,11 @@ def main() -> None:
     loader = torch.utils.data.DataLoader(images, given["batch"], shuffle=True, num_workers=given["workers"], drop_last=True)
     optimizer = torch.optim.SGD(student.parameters(), lr=given["learning_rate"], momentum=0.9, weight_decay=1e-4, nesterov=True)
     for step, (batch, _) in enumerate(loader):
-        images_BCHW = batch.to(memory_format=layout)
-        with torch.inference_mode():
-            teacher_BK = teacher(images_BCHW)
-        student_BK = student(images_BCHW)
+        images_BCHW = batch.to(device, memory_format=layout)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+            with torch.inference_mode():
+                teacher_BK = teacher(images_BCHW).float()
+            student_BK = student(images_BCHW).float()
         loss = F.kl_div(F.log_softmax(student_BK, dim=1), F.softmax(teacher_BK.clone(), dim=1), reduction="batchmean")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -145,12 +145,12 @@ def test_cuda_never_falls_back_in_silence(tiny_teacher: Any, monkeypatch: pytest
     model = served_model(tiny_teacher.repository, "tiny")
     if CUDA not in onnxruntime.get_available_providers():
         with pytest.raises(RequestRefused, match="no CUDAExecutionProvider"):
-            Engine(model, provider=CUDA)
+            Engine(model, device="cuda")
     real = onnxruntime.InferenceSession
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, "CPUExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *arguments, providers: real(*arguments, providers=["CPUExecutionProvider"]))
     with pytest.raises(RequestRefused, match="would run on CPUExecutionProvider"):
-        Engine(model, provider=CUDA)
+        Engine(model, device="cuda")
 
 
 def test_an_address_travels_as_json_and_opens(tiny_teacher: Any) -> None:
