@@ -62,6 +62,7 @@ CONVERTERS: Mapping[EdgeFormat, tuple[str, tuple[str, ...]]] = MappingProxyType(
     {
         "openvino": ("export.runtimes.openvino_runtime", ("openvino",)),
         "executorch": ("export.runtimes.executorch_runtime", ("executorch", "torchao")),
+        "litert": ("export.runtimes.litert_runtime", ("litert_torch", "ai_edge_quantizer", "ai_edge_litert")),
         "coreml": ("export.runtimes.coreml_package", ("coremltools",)),
     }
 )

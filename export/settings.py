@@ -14,7 +14,7 @@ from distill.errors import ConfigError
 from distill.models.arch_names import arch_name, parse_arch
 from distill.teacher_info import Preprocessing
 
-EdgeFormat = Literal["onnx", "openvino", "executorch", "coreml"]
+EdgeFormat = Literal["onnx", "openvino", "executorch", "litert", "coreml"]
 """Packages that a student can be written as; each but `onnx` is an extra of ours of the same name."""
 
 

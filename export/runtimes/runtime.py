@@ -16,7 +16,7 @@ from typing import Literal, Protocol, cast
 from distill.errors import ConfigError
 from export.label_space import Crops, Logits
 
-RuntimeName = Literal["onnxruntime", "openvino", "executorch"]
+RuntimeName = Literal["onnxruntime", "openvino", "executorch", "litert"]
 Predict = Callable[[Crops], Logits]
 """uint8 crops [B,H,W,3] -> logits [B,K]."""
 
@@ -54,6 +54,7 @@ RUNTIMES: Mapping[RuntimeName, Spec] = MappingProxyType(
         "onnxruntime": Spec("export.runtimes.onnx_runtime", ("onnxruntime",), "cpu"),
         "openvino": Spec("export.runtimes.openvino_runtime", ("openvino",), "openvino"),
         "executorch": Spec("export.runtimes.executorch_runtime", ("executorch",), "executorch"),
+        "litert": Spec("export.runtimes.litert_runtime", ("ai_edge_litert",), "litert"),
     }
 )
 

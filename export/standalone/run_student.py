@@ -2,7 +2,8 @@
 
 python run_student.py student.int8.onnx photo.jpg [--top 5] [--json]
 
-.onnx needs onnxruntime; .xml needs openvino, and its .bin beside it; .pte needs executorch, and its .pte.json beside it.
+.onnx needs onnxruntime; .xml needs openvino, and its .bin beside it; .pte needs executorch, and its .pte.json beside it; .tflite needs
+ai-edge-litert.
 """
 
 import argparse
@@ -17,7 +18,7 @@ Opened = tuple[str, Callable[[np.ndarray], np.ndarray]]
 
 
 def open_onnx(path: str) -> Opened:
-    """What the file says of itself, and a function from uint8 crops [B,S,S,3] to logits [B,K]; so are the next two."""
+    """What the file says of itself, and a function from uint8 crops [B,S,S,3] to logits [B,K]; so are the next three."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -43,7 +44,17 @@ def open_executorch(path: str) -> Opened:
     return said, lambda crops, program=program: method.execute([torch.from_numpy(crops)])[0].numpy()
 
 
-OPENERS = {".onnx": open_onnx, ".xml": open_openvino, ".pte": open_executorch}
+def open_litert(path: str) -> Opened:
+    import zipfile
+
+    from ai_edge_litert.interpreter import Interpreter
+
+    run = Interpreter(path).get_signature_runner("serving_default")
+    with zipfile.ZipFile(path) as archive:  # behind the model
+        return archive.read("distill.student.json").decode(), lambda crops: run(images=crops)["logits"]
+
+
+OPENERS = {".onnx": open_onnx, ".xml": open_openvino, ".pte": open_executorch, ".tflite": open_litert}
 
 
 def center_crop(image: Image.Image, size: int, crop_ratio: float) -> np.ndarray:

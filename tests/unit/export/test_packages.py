@@ -6,6 +6,7 @@ Only what is installed is tested; none of them is part of the `dev` extra.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,10 +17,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distill.errors import BadInput
+from distill.errors import BadInput, ConfigError
 from export.bundle import make_bundle
 from export.card import ImageSet, StudentCard, limits_of
 from export.edge import EdgeReport, read_edge_report
+from export.packages import require_formats
 from export.runtimes.runtime import load_runtime
 from export.settings import EdgeFormat, Int8Gate, StudentExportSettings
 from export.student import export_student
@@ -74,15 +76,32 @@ def test_ctrl_c_is_heard_after_openvino(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "needs", "suffix"),
+    ("name", "needs"),
     [
-        ("openvino", ("openvino",), "openvino.xml"),
-        # ExecuTorch and torchao warn of their own changes as they are imported.
-        pytest.param("executorch", ("executorch", "torchao"), "pte", marks=pytest.mark.filterwarnings("ignore")),
+        ("openvino", "openvino"),
+        ("executorch", "executorch, torchao"),
+        ("litert", "litert_torch, ai_edge_quantizer, ai_edge_litert"),
+        ("coreml", "coremltools"),
+    ],
+)
+def test_what_is_not_installed_is_refused_with_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch, name: Any, needs: str) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    line = f"edge.formats: {name} needs {needs}, which is not installed: pip install 'distill-service[{name}]'"
+    with pytest.raises(ConfigError, match=re.escape(line)):
+        require_formats(["onnx", name])
+
+
+@pytest.mark.parametrize(
+    ("name", "needs", "suffix", "beside"),
+    [
+        ("openvino", ("openvino",), "openvino.xml", 1),
+        # Their libraries warn of their own changes as they are imported.
+        pytest.param("executorch", ("executorch", "torchao"), "pte", 1, marks=pytest.mark.filterwarnings("ignore")),
+        pytest.param("litert", ("litert_torch",), "tflite", 0, marks=pytest.mark.filterwarnings("ignore")),
     ],
 )
 def test_a_package_says_what_the_onnx_file_says(
-    export: Any, crops: np.ndarray, tmp_path: Path, name: Any, needs: Sequence[str], suffix: str
+    export: Any, crops: np.ndarray, tmp_path: Path, name: Any, needs: Sequence[str], suffix: str, beside: int
 ) -> None:
     for package in needs:
         pytest.importorskip(package)
@@ -93,7 +112,7 @@ def test_a_package_says_what_the_onnx_file_says(
     assert fp32.int8_weight_share == 0.0
     assert int8.int8_weight_share > 0.9
     assert int8.agreement > 0.9
-    assert fp32.beside
+    assert len(fp32.beside) == beside
     assert fp32.size_bytes == sum((tmp_path / part).stat().st_size for part in (fp32.path, *fp32.beside))
     assert fp32.peak_memory_bytes is not None
     runtime = load_runtime(name)
