@@ -59,9 +59,9 @@ def run(dataset: str, images: Path, cache: Path, seeds: tuple[int, ...], only: s
             console.print(f"stopped after {duration(time.monotonic() - started)}; the same command goes on")
             break
         scores = ARMS[arm](arms)
-        cell = {"arm": arm, "fraction": fraction, "seed": seed, **scores}
+        cell = {"arm": arm, "fraction": fraction, "seed": seed, **scores, "machine": _machine()}
         kept["cells"] = [c for c in kept["cells"] if (c["arm"], c["fraction"], c["seed"]) != (arm, fraction, seed)] + [cell]
-        kept |= {"dataset": dataset, "machine": _machine(), "setting": _described(dataset)}
+        kept |= {"dataset": dataset, "setting": _described(dataset)}
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(kept, indent=1) + "\n")
         console.print(f"[bold]{arm}[/bold], {fraction:.0%} of the labels, seed {seed}: top-1 {scores['top1']:.2%}")
@@ -116,6 +116,9 @@ def _described(dataset: str) -> dict[str, Any]:
         "finetune": {f"{fraction:g}": s.model_dump(mode="json") for fraction, s in setting.finetune.items()},
         "supervised": {f"{fraction:g}": s.model_dump(mode="json") for fraction, s in setting.supervised.items()},
         "supervised_student": {f"{fraction:g}": s.model_dump(mode="json") for fraction, s in setting.supervised_student.items()},
+        "distill_epochs": setting.distill_epochs,
+        "self_distill_epochs": setting.self_distill_epochs,
+        "min_area": setting.min_area,
     }
 
 

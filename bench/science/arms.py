@@ -163,7 +163,7 @@ class Arms:
 
     def _self_distilled(self) -> Made:
         train = TrainSettings(
-            students=[StudentSettings(name="self-distilled", network=TEACHER, optimizer=sgd(0.1, 1e-4))],
+            students=[StudentSettings(name="self-distilled", network=TEACHER, optimizer=sgd(0.01, 1e-4))],
             epochs=self.setting.self_distill_epochs,
             num_views=VIEWS,
             global_batch=128,

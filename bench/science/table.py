@@ -6,6 +6,7 @@ Unit of data: one cell, an arm at one label fraction with one seed.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ PAIRS = (
     ("pretraining helps the teacher", "teacher, pretrained + fine-tuned", "teacher, supervised only"),
     ("self-distillation helps the teacher", "teacher, + self-distilled", "teacher, pretrained + fine-tuned"),
     ("distillation helps the student", "student, distilled on all images", "student, supervised only"),
+    ("so it does without self-distillation", "student, distilled from the fine-tuned teacher", "student, supervised only"),
     ("unlabelled images matter", "student, distilled on all images", "student, distilled on labelled images only"),
     ("a self-distilled teacher teaches better", "student, distilled on all images", "student, distilled from the fine-tuned teacher"),
     ("labels beside soft labels help", "student, distilled + labels (alpha 0.5)", "student, distilled on all images"),
@@ -45,7 +47,8 @@ def write_table(results: Path, arms: Sequence[str]) -> list[Path]:
 def _one_set(kept: dict[str, Any], arms: Sequence[str]) -> list[str]:
     cells = kept["cells"]
     fractions = sorted({cell["fraction"] for cell in cells})
-    lines = [f"## {kept['dataset']}", "", f"{kept['machine']}.", ""]
+    machines = Counter(cell["machine"] for cell in cells)
+    lines = [f"## {kept['dataset']}", "", "; ".join(f"{count} cells: {machine}" for machine, count in machines.most_common()) + ".", ""]
     lines += [
         "| arm | parameters | " + " | ".join(f"{f:.0%} of the labels" for f in fractions) + " |",
         "|---|--:|" + "--:|" * len(fractions),
