@@ -55,7 +55,7 @@ class Chaos:
             if self.killed.total() < NUM_KILLS and self._work_for(process, self.random.uniform(0.5, 8)):
                 process = self._kill(process)
                 continue
-            out, err = process.communicate(timeout=300)
+            out, err = process.communicate(timeout=120 + 60 * EPOCHS)  # all of it anew, and more
             if process.returncode == 0:
                 return
             # More workers were killed than Ray starts again: the same command goes on.

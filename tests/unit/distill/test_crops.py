@@ -236,6 +236,14 @@ class TestCrop:
         values = random_generator(CropKey(seed=1, view=2, image_id="a/b.png")).random(2)
         assert values.tolist() == pytest.approx(GOLDEN, abs=1e-15)
 
+    def test_a_crop_is_cut_by_its_own_numbers_whatever_was_cut_before(self) -> None:
+        pixels, recipe = noise(50, 70), CropRecipe(image_size=24, flip_probability=0)
+        for key in [CropKey(seed, view, f"image {seed}") for seed in range(20) for view in (0, 2, 1)]:
+            box = random_box(50, 70, recipe, random_generator(key).random(41))
+            part = (box.left, box.top, box.right, box.bottom)
+            expected = Image.fromarray(pixels).resize((24, 24), Image.Resampling.BILINEAR, box=part)
+            np.testing.assert_array_equal(crop_image(pixels, key, recipe), np.asarray(expected))
+
     def test_views_seeds_and_images_differ(self) -> None:
         pixels, recipe = noise(50, 70), CropRecipe(image_size=24)
         keys = [CropKey(seed, view, image_id) for seed in (0, 1) for view in (0, 1, 2, 12) for image_id in ("a", "b", "2a")]

@@ -139,18 +139,28 @@ def test_a_failing_engine_says_so(tiny_teacher: Any) -> None:
     engine.close()
 
 
-def test_cuda_never_falls_back_in_silence(tiny_teacher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_never_falls_back_in_silence(tiny_teacher: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     import onnxruntime
 
     model = served_model(tiny_teacher.repository, "tiny")
     if CUDA not in onnxruntime.get_available_providers():
         with pytest.raises(RequestRefused, match="no CUDAExecutionProvider"):
             Engine(model, device="cuda")
-    real = onnxruntime.InferenceSession
+    real, asked = onnxruntime.InferenceSession, []
+
+    def without_a_driver(*arguments: Any, providers: list[tuple[str, dict[str, str]]]) -> Any:
+        asked.append([name for name, _ in providers])
+        return real(*arguments, providers=["CPUExecutionProvider"])
+
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, "CPUExecutionProvider"])
-    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *arguments, providers: real(*arguments, providers=["CPUExecutionProvider"]))
+    monkeypatch.setattr(onnxruntime, "InferenceSession", without_a_driver)
     with pytest.raises(RequestRefused, match="would run on CPUExecutionProvider"):
         Engine(model, device="cuda")
+    with caplog.at_level("INFO"):
+        Engine(model).close()
+    assert "runs on ONNX Runtime's CPUExecutionProvider" in caplog.text
+    Engine(model, device="cpu").close()
+    assert asked == [[CUDA, "CPUExecutionProvider"], [CUDA, "CPUExecutionProvider"], ["CPUExecutionProvider"]]
 
 
 def test_an_address_travels_as_json_and_opens(tiny_teacher: Any) -> None:
