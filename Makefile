@@ -1,5 +1,6 @@
 # Two targets matter to a newcomer: `make quickstart` and `make test`. Both work on a fresh machine with Python 3.11 to 3.13 and make.
 PYTHON ?= python3
+ONNXRUNTIME ?= cpu
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -20,7 +21,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[cpu,timm,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(ONNXRUNTIME),timm,dev]'
 	touch $@
 
 $(VENV)/.checks: $(STAMP)  # what the tests need beside, and nobody else
