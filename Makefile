@@ -11,7 +11,7 @@ quickstart: install triton  ## images to edge students and a report, on the ship
 	$(BIN)/distill quickstart --config recipes/quickstart.yaml $(if $(FRESH),--fresh)
 
 test: install triton $(VENV)/.checks  ## all tests, those with the real Triton and Ray included
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile tests/unit
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile tests/unit
 	$(BIN)/python -m pytest tests/integration
 
 check: lint types imports test  ## what CI runs, but for the wheel

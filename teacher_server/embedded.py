@@ -8,7 +8,10 @@ Unit of data: one batch of crops. Shapes: B images, H W C pixels, K classes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import io
 import logging
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -106,14 +109,19 @@ def _session(model: Path, device: EmbeddedDevice, num_threads: int) -> onnxrunti
     options.log_severity_level = _QUIET
     # Idle threads must not spin: decoding and training run on the same cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    providers = _providers(device)
     try:
-        session = onnxruntime.InferenceSession(str(model), options, providers=_providers(device))
+        with _said_to_the_log():
+            session = onnxruntime.InferenceSession(str(model), options, providers=providers)
     except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
         raise RequestRefused(f"{model} cannot be loaded: {' '.join(str(error).split())}") from error
-    runs_on = session.get_providers()[0]  # without a working driver ONNX Runtime falls back to the CPU, and raises nothing
-    if device == "cuda" and runs_on != CUDA:
-        raise RequestRefused(f"{CUDA} was asked for, but ONNX Runtime would run on {runs_on}; check the driver")
-    logger.info("the embedded teacher runs on ONNX Runtime's %s", runs_on)
+    wanted, runs_on = providers[0][0], session.get_providers()[0]  # without a working driver ONNX Runtime takes the CPU, and raises nothing
+    if wanted != runs_on:
+        why = f"ONNX Runtime would run on {runs_on}; check the driver and CUDA's libraries"
+        if device == "cuda":
+            raise RequestRefused(f"{wanted} was asked for, but {why}")
+        logger.warning("the embedded teacher could use %s, but %s, or say server.embedded_device=cpu", wanted, why)
+    session.disable_fallback()  # nor may it change over later, in the middle of its answers
     return session
 
 
@@ -124,10 +132,24 @@ def _providers(device: EmbeddedDevice) -> list[tuple[str, dict[str, Any]]]:
         raise RequestRefused(f"this onnxruntime has no {CUDA}, it has {', '.join(known)}; install the extra `gpu` for CUDA")
     if device == "cpu" or CUDA not in known:
         return [(CPU, {})]
-    onnxruntime.preload_dlls()  # CUDA's libraries out of the packages that torch brought
+    with _said_to_the_log():
+        onnxruntime.preload_dlls()  # CUDA's libraries out of the packages that torch brought
     # TF32 rounds the factors of a product to 10 bits: not the fp32 that the parity gate passed. By its own choice ONNX Runtime would
-    # try out every algorithm for every new size of a batch.
-    return [(CUDA, {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}), (CPU, {})]
+    # try out every algorithm for every new size of a batch, and take memory in powers of two, though others compute on the GPU as well.
+    options = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC", "arena_extend_strategy": "kSameAsRequested"}
+    return [(CUDA, options), (CPU, {})]
+
+
+@contextlib.contextmanager
+def _said_to_the_log() -> Iterator[None]:
+    """ONNX Runtime prints what is wrong with CUDA to the standard output, which may be somebody's JSON."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            yield
+    finally:
+        for line in filter(None, map(str.strip, said.getvalue().splitlines())):
+            logger.info("ONNX Runtime: %s", line)
 
 
 def _read_info(session: onnxruntime.InferenceSession, model: Path) -> TeacherInfo:

@@ -85,7 +85,7 @@ class ServerSettings(Section):
     """Threads of an embedded teacher; 0 lets ONNX Runtime decide. (Triton's are teacher.repository.intra_op_threads.)"""
     embedded_device: EmbeddedDevice = "auto"
     """Where an embedded teacher computes: `cuda` (with the extra `gpu`; the first GPU that the process sees), `cpu`, or `auto`: on the GPU
-    where ONNX Runtime has one."""
+    where ONNX Runtime has one. Every training worker has a copy of its own there. Triton's is teacher.repository.instance_kind."""
     triton: TritonSettings = TritonSettings()
     """How Triton is found, started and asked."""
     pool: PoolSettings = PoolSettings()

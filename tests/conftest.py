@@ -12,6 +12,7 @@ import onnx
 import pytest
 import torch
 from google.protobuf import text_format
+from hypothesis import settings
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from tritonclient.grpc import model_config_pb2
@@ -19,6 +20,9 @@ from tritonclient.grpc import model_config_pb2
 from distill.teacher_info import METADATA_KEY, Preprocessing, TeacherInfo
 
 IMAGE_SIZE = 8
+
+settings.register_profile("beside others", deadline=None)  # how long an example takes says nothing of it here
+settings.load_profile("beside others")
 
 
 @pytest.fixture(scope="session", autouse=True)

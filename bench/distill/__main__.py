@@ -165,7 +165,9 @@ def _say(case: Case, number: int, arm: str, cell: Cell) -> None:
 @click.option("--workers", type=int, multiple=True, default=(1, 2, 4), show_default=True)
 @click.option("--rounds", type=int, default=2, show_default=True)
 def workers(workers: tuple[int, ...], rounds: int, **where: Any) -> None:
-    """Training from the store with several workers of one machine; results/workers-CASE.json."""
+    """Training from the store with several workers of one machine, on its CPU; results/workers-CASE.json."""
+    if any(CASES[name].device != "cpu" for name in where["names"]):
+        raise click.UsageError("workers share cores: take a case of the CPU")
     for one in _prepare(**where):
         _fill_store(one)
         cells = []
@@ -217,6 +219,8 @@ def _prepare(
     torch.set_num_threads(threads)
     prepared = []
     for name in names:
+        if CASES[name].device != "cpu" and not torch.cuda.is_available():
+            raise click.UsageError(f"case {name} needs a GPU, and torch finds none")
         images, option = (cifar, "--cifar") if name == "cifar" else (photos, "--photos")
         if images is None or (name == "cifar" and cifar_teacher is None):
             raise click.UsageError(f"case {name} needs {option}" + (" and --cifar-teacher" if name == "cifar" else ""))

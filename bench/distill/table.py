@@ -23,8 +23,8 @@ WHAT = {
     "store": "ours from stored labels",
     "crops": "ours from stored labels, several crops a decode",
     "teacher": "the teacher's engine alone",
-    "embedded": "ours live, teacher on the same cores, embedded",
-    "triton": "ours live, teacher on the same cores, Triton over gRPC",
+    "embedded": "ours live, teacher on the same machine, embedded",
+    "triton": "ours live, teacher on the same machine, Triton over gRPC",
     "students": "ours live, several students on one stream, embedded",
     "timm": "timm's train.py, teacher inline",
     "torchdistill": "torchdistill, teacher inline",
@@ -70,6 +70,8 @@ def _head(kept: dict[str, Any], what: str) -> list[str]:
 def _computed(kept: dict[str, Any]) -> str:
     if "gpu" not in kept:
         return "fp32"
+    if "ceilings" not in kept:
+        return f"student in bf16 and teacher in fp16 on one {kept['gpu']}"
     copy, matmul = kept["ceilings"]["copy_bytes_per_s"] / 1e12, kept["ceilings"]["matmul_flops"] / 1e12
     return f"student in bf16 and teacher in fp16 on one {kept['gpu']} (it copies {copy:.2f} TB/s and multiplies {matmul:.0f} TFLOP/s)"
 

@@ -18,7 +18,7 @@ from teacher_trainer.settings import FinetuneSettings, PretrainSettings
 TEACHER = NetworkSettings(depth=18, width_multiplier=0.25, stem="cifar")
 STUDENT = NetworkSettings(depth=10, width_multiplier=0.125, stem="cifar")
 PRECISION: Precision = "fp32"
-"""On every machine, so that cells of a CPU and of a GPU are of one kind."""
+"""On every machine; convolutions of a GPU round their factors to TF32 all the same, as torch has it."""
 IMAGE_SIZE = 32
 """Fashion-MNIST, 28 pixels wide, is enlarged to it."""
 

@@ -45,9 +45,7 @@ def test_no_request_is_a_fault_of_ours(route: str, mode: GenerationMode, count: 
     operation = schemathesis.openapi.from_asgi("/openapi.json", app)[path][method]
     seen: Counter[int] = Counter()
 
-    @settings(
-        max_examples=count, deadline=None, derandomize=True, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
-    )
+    @settings(max_examples=count, derandomize=True, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
     @given(case=operation.as_strategy(generation_mode=mode))
     def requests(case: schemathesis.Case) -> None:
         seen[case.call_and_validate(checks=CHECKS).status_code] += 1

@@ -7,6 +7,7 @@ import io
 import struct
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,7 @@ class TestRefusals:
             decode_image(data, max_pixels=2399)
 
     @pytest.mark.filterwarnings("ignore")  # Pillow warns of damaged EXIF
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=300)
     @given(
         format_name=st.sampled_from(["JPEG", "PNG", "WEBP"]),
         changes=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=6),
@@ -238,11 +239,15 @@ class TestCrop:
 
     def test_a_crop_is_cut_by_its_own_numbers_whatever_was_cut_before(self) -> None:
         pixels, recipe = noise(50, 70), CropRecipe(image_size=24, flip_probability=0)
-        for key in [CropKey(seed, view, f"image {seed}") for seed in range(20) for view in (0, 2, 1)]:
+
+        def check(key: CropKey) -> None:
             box = random_box(50, 70, recipe, random_generator(key).random(41))
             part = (box.left, box.top, box.right, box.bottom)
             expected = Image.fromarray(pixels).resize((24, 24), Image.Resampling.BILINEAR, box=part)
             np.testing.assert_array_equal(crop_image(pixels, key, recipe), np.asarray(expected))
+
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(check, [CropKey(seed, view, f"image {seed}") for seed in range(200) for view in (0, 2, 1)]))
 
     def test_views_seeds_and_images_differ(self) -> None:
         pixels, recipe = noise(50, 70), CropRecipe(image_size=24)
@@ -304,7 +309,7 @@ class TestCrop:
             assert crop.shape == (16, 16, 3)
             assert crop.dtype == np.uint8
 
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=200)
     @given(
         height=st.integers(1, 90),
         width=st.integers(1, 90),

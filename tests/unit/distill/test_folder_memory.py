@@ -16,7 +16,7 @@ from distill.sources.folder import open_folder
 NAMES = st.sampled_from(["a", "a-b", "a.b", "a b", "ab", "A", "ä", "z", ".hidden", "a0"])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(paths=st.lists(st.lists(NAMES, min_size=1, max_size=3), max_size=25))
 def test_files_come_sorted_by_their_whole_path(tmp_path_factory: object, paths: list[list[str]]) -> None:
     """`a-b/x` lies before `a/x`, though `a` lies before `a-b`."""

@@ -29,7 +29,7 @@ def mixed_of(recipe: MixingRecipe, view: int, own: Crop = WHITE, partner: Crop =
 
 
 class TestMixup:
-    @settings(max_examples=50, deadline=None)
+    @settings(max_examples=50)
     @given(share=st.floats(0, 1), seed=st.integers(0, 1000))
     def test_is_the_weighted_mean_rounded_half_up(self, share: float, seed: int) -> None:
         own, partner = noise(seed), noise(seed + 1)
@@ -88,7 +88,7 @@ class TestBetaShare:
 
 
 class TestCutmix:
-    @settings(max_examples=50, deadline=None)
+    @settings(max_examples=50)
     @given(share=st.floats(0, 1), x=st.floats(0, 1, exclude_max=True), y=st.floats(0, 1, exclude_max=True))
     def test_is_a_rectangle_of_the_partner(self, share: float, x: float, y: float) -> None:
         """Yun et al. 2019, as their code cuts it: sides S sqrt(1 - share), cut at the edges."""

@@ -34,7 +34,7 @@ def every_image() -> list[tuple[int, int]]:
 
 
 class TestCompleteness:
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(
         sizes=st.lists(st.integers(0, 15), min_size=1, max_size=9),
         global_batch=st.integers(1, 20),

@@ -92,7 +92,7 @@ def require_kept_promises(logits: Logits, temperatures: list[float], max_tv: flo
 
 
 class TestRoundTrip:
-    @settings(max_examples=120, deadline=None)
+    @settings(max_examples=120)
     @given(
         kind=st.sampled_from(KINDS),
         num_classes=st.sampled_from([2, 3, 10, 256, 257, 300, 1000]),
@@ -105,7 +105,7 @@ class TestRoundTrip:
     ) -> None:
         require_kept_promises(sample_logits(kind, 4, num_classes, seed), temperatures, max_tv)
 
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=150)
     @given(
         logits=st.lists(st.floats(-1e5, 1e5, width=32), min_size=2, max_size=12),
         temperature=st.floats(0.05, 20),
@@ -193,7 +193,7 @@ class TestBytes:
             assert decoded.argmax() == 299
             np.testing.assert_allclose(np.delete(decoded, 299), -9, atol=1e-5)
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(
         kind=st.sampled_from(KINDS),
         num_classes=st.sampled_from([3, 10, 31, 257, 1000, 70_000]),
@@ -336,7 +336,7 @@ def smallest_sizes(logits: Logits, temperatures: list[float], max_tv: float) -> 
 
 
 class TestCertificate:
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=100)
     @given(
         seed=st.integers(0, 2**32),
         num_classes=st.integers(2, 40),
@@ -383,7 +383,7 @@ class TestRefusals:
         with pytest.raises(StoreError, match=f"encoding {encoding} and {size} bytes is not one for 10 classes"):
             decode([encoding], [bytes(size)], 10)
 
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=100)
     @given(
         kind=st.sampled_from(["normal", "classifier"]), seed=st.integers(0, 2**16), place=st.integers(0, 2**16), value=st.integers(0, 255)
     )

@@ -89,7 +89,7 @@ def test_balanced_stations_with_variation_lose_what_buffers_do_not_hold() -> Non
     assert small < large <= 400
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     workers=st.integers(1, 3),
     decode_threads=st.integers(1, 4),

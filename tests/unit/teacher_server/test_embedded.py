@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -139,27 +140,33 @@ def test_a_failing_engine_says_so(tiny_teacher: Any) -> None:
     engine.close()
 
 
-def test_cuda_never_falls_back_in_silence(tiny_teacher: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_cuda_never_falls_back_in_silence(
+    tiny_teacher: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
     import onnxruntime
 
     model = served_model(tiny_teacher.repository, "tiny")
     if CUDA not in onnxruntime.get_available_providers():
-        with pytest.raises(RequestRefused, match="no CUDAExecutionProvider"):
+        with pytest.raises(RequestRefused, match=r"^this onnxruntime has no CUDAExecutionProvider"):
             Engine(model, device="cuda")
     real, asked = onnxruntime.InferenceSession, []
 
     def without_a_driver(*arguments: Any, providers: list[tuple[str, dict[str, str]]]) -> Any:
         asked.append([name for name, _ in providers])
+        sys.stdout.write("*** EP Error ***")
         return real(*arguments, providers=["CPUExecutionProvider"])
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, "CPUExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "InferenceSession", without_a_driver)
     with pytest.raises(RequestRefused, match="would run on CPUExecutionProvider"):
         Engine(model, device="cuda")
-    with caplog.at_level("INFO"):
-        Engine(model).close()
-    assert "runs on ONNX Runtime's CPUExecutionProvider" in caplog.text
+    caplog.clear()
+    Engine(model).close()
+    (warning,) = caplog.messages
+    assert "would run on CPUExecutionProvider" in warning
+    assert "server.embedded_device=cpu" in warning
     Engine(model, device="cpu").close()
+    assert capsys.readouterr().out == ""
     assert asked == [[CUDA, "CPUExecutionProvider"], [CUDA, "CPUExecutionProvider"], ["CPUExecutionProvider"]]
 
 

@@ -214,7 +214,7 @@ EVENTS = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(events=EVENTS, bound=st.integers(5, 8))
 def test_whatever_happens_the_bound_holds_and_everybody_is_served(events: list[tuple[str, Any, int]], bound: int) -> None:
     async def scenario() -> None:
