@@ -202,8 +202,8 @@ class SelfDistillSettings(DistillSettings):
     num_head_layers: int = Field(default=0, ge=0, le=3)
     """Layers of the projection head under its classifier; none, as in the paper, unless it starts from weights that have them, such as
     `finetuned`."""
-    optimizer: OptimizerSettings = OptimizerSettings()
-    """Its optimiser and schedule."""
+    optimizer: OptimizerSettings = OptimizerSettings(learning_rate=0.01)
+    """Its optimiser and schedule. A rate that does well at temperature 1 is 1 / temperature too large for plain SGD (docs/training.md)."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Average its weights over the steps; see `train.students.ema_decay`."""
 

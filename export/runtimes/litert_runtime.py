@@ -86,7 +86,7 @@ def convert(networks: Networks, onnx_files: Sequence[MadeFile], calibration_crop
                 model = _shortened(_converted(network, info.preprocessing.image_size))
                 if kind == "int8":
                     model = _quantised(model, calibration_crops)
-        except (RuntimeError, ValueError, AssertionError, NotImplementedError, KeyError, TypeError) as error:
+        except (RuntimeError, ValueError, AssertionError, KeyError, TypeError) as error:  # of what the converter does not know
             raise DistillError(
                 f"LiteRT cannot convert {info.name} ({kind}): {first_line(error)}; leave litert out of edge.formats"
             ) from error

@@ -29,6 +29,7 @@ class OneOfTwo(LocalWorker):
 
 def step(worker: LocalWorker) -> dict[str, Tensor]:
     """What this worker's share of the batch leaves in the network."""
+    torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.GELU(), nn.Flatten(), nn.Linear(8 * 36, 4)).to(worker.device)
     layers = sync_batch_norm(layers, worker)
@@ -48,7 +49,6 @@ def member(folder: Path, rank: int) -> None:
 
 def main() -> None:
     """Compare."""
-    torch.backends.cudnn.allow_tf32 = False
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         context = multiprocessing.get_context("spawn")
