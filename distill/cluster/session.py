@@ -1,7 +1,7 @@
 """A Ray cluster for the time of a `with` block: the one that is given, or one on this machine that leaves nothing behind.
 
-A local cluster listens on loopback only and answers only to a token made for it. Ray replaces the handler of SIGTERM when it starts and
-takes it away when it stops; whoever had one before the block has it in the block and after it.
+A local cluster listens on loopback only and answers only to a token made for it; its processes are gone when the block ends. Ray replaces
+the handler of SIGTERM when it starts and takes it away when it stops; whoever had one before the block has it in the block and after it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import signal
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import ray
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
@@ -24,6 +25,11 @@ from distill.errors import ServerStartError, Terminated
 
 OBJECT_STORE_BYTES = 256 * 2**20
 """Local cluster: crops and labels do not go through the object store, so a small one is enough."""
+LEAVE_WITHIN_S = 10.0
+"""How long processes of a local cluster that was stopped have to end by themselves."""
+POLL_EVERY_S = 0.25
+"""How often Ray Train asks its workers for news. A worker waits for that before it can report its next checkpoint, and so does the end of
+every stage; Ray's own 2 s are long beside a step."""
 
 
 @contextmanager
@@ -37,13 +43,29 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_EVERY_S))
     with tempfile.TemporaryDirectory(prefix="distill-ray-") as private, _own_sigterm():
         try:
             with _own_sigterm():
                 _start(settings, Path(private))
             yield
         finally:
-            ray.shutdown()  # of a start that was cut short, too
+            _stop()  # a start that was cut short, too
+
+
+def _stop() -> None:
+    """Disconnect. Of a cluster that was started here nothing is left: a worker that has not noticed the end of its raylet would outlive it."""
+    cluster: list[psutil.Process] = []
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):
+            if child.name() in ("raylet", "gcs_server"):
+                cluster += [child, *child.children(recursive=True)]
+    ray.shutdown()
+    _, left = psutil.wait_procs(cluster, timeout=LEAVE_WITHIN_S)
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=LEAVE_WITHIN_S)
 
 
 def _start(settings: RaySettings, private: Path) -> None:

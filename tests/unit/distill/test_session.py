@@ -1,10 +1,14 @@
-"""SIGTERM around a Ray cluster means what it meant before: each block closes what it opened, and the exit code is ours. Real processes."""
+"""SIGTERM around a Ray cluster means what it meant before: each block closes what it opened, nothing is left of the cluster, and the exit
+code is ours. Real processes."""
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 
+import psutil
 import pytest
 
 DRIVER = """
@@ -46,3 +50,39 @@ def test_sigterm_is_ours_while_ray_starts_inside_and_after(when: str, said: str)
     ended = subprocess.run([sys.executable, "-c", DRIVER, when], capture_output=True, text=True, timeout=120, check=False)
     assert ended.stdout == f"{said}closed False\n", ended.stderr
     assert ended.returncode == 143
+
+
+DETACHED = """
+import os, signal, subprocess
+import psutil, ray
+from distill.cluster.session import ray_session
+from distill.cluster.settings import RaySettings
+
+@ray.remote(num_cpus=0)
+class Starter:
+    def start(self):
+        return os.getpid(), subprocess.Popen(["sleep", "600"], start_new_session=True).pid
+
+with ray_session(RaySettings()):
+    starter = Starter.options(lifetime="detached").remote()
+    worker, sleeper = map(psutil.Process, ray.get(starter.start.remote()))
+    print(sleeper.pid, flush=True)
+    worker.suspend()  # it cannot end what it started
+    raylet, stop = worker.parent(), ray.shutdown
+    def shutdown():
+        raylet.kill()  # before it ends its workers
+        stop()
+    ray.shutdown = shutdown
+"""
+
+
+def test_a_process_that_does_not_end_with_its_cluster_is_ended() -> None:
+    """It does not notice that its cluster is gone, and the raylet does not get round to ending it."""
+    ended = subprocess.run([sys.executable, "-c", DETACHED], capture_output=True, text=True, timeout=120, check=True)
+    pid = int(ended.stdout.split()[0])  # behind it Ray may say that a raylet died
+    try:
+        state = psutil.Process(pid).status()
+    except psutil.NoSuchProcess:
+        return
+    os.kill(pid, signal.SIGKILL)
+    assert state == psutil.STATUS_ZOMBIE, state  # dead, but init has not noticed
