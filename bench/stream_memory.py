@@ -3,10 +3,11 @@
     python -m bench.stream_memory --work /tmp/stream-memory                     # writes bench/results/stream_memory.{json,md}
     python -m bench.stream_memory --work /tmp/stream-memory --most 10000        # a quick look
 
-Each row is measured in a process of its own. Images are JPEGs of 8 x 8 pixels in shards of 1000, so that what is seen is the bookkeeping
-and not the pixels. `index` is what opening the source leaves in memory, `first batch` the time from the start of an epoch, `steady` the
-RSS after `--batches` further batches. Kinds: WebDataset shards, Parquet, a folder of files; `plan` alone (sizes of shards and the order of
-an epoch, no files) for as many images as nobody has; `store`, the label store's manifest with 50 views of each image.
+Each row is measured in a process of its own, in the environment that `distill` gives its processes (memory that is given back is kept for
+the next batch: `distill/cluster/environment.py`). Images are JPEGs of 8 x 8 pixels in shards of 1000, so that what is seen is the
+bookkeeping and not the pixels. `index` is what opening the source leaves in memory, `first batch` the time from the start of an epoch,
+`steady` the RSS after `--batches` further batches. Kinds: WebDataset shards, Parquet, a folder of files; `plan` alone (sizes of shards and
+the order of an epoch, no files) for as many images as nobody has; `store`, the label store's manifest with 50 views of each image.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from distill.cluster.environment import ENVIRONMENT
 from distill.crops import CropRecipe
 from distill.loader import CropLoader, LoaderSettings
 from distill.machine import describe_machine
@@ -63,12 +65,15 @@ def main(work: Path, most: int, batches: int, kinds: tuple[str, ...], probe: tup
             if kind in MAKERS:
                 MAKERS[kind](work / kind / str(num_images), num_images)
             words = [sys.executable, "-m", "bench.stream_memory", "--work", str(work), "--batches", str(batches)]
-            told = subprocess.run([*words, "--probe", kind, str(num_images)], capture_output=True, text=True, check=True)
+            words += ["--probe", kind, str(num_images)]
+            told = subprocess.run(words, env={**ENVIRONMENT, **os.environ}, stdout=subprocess.PIPE, text=True, check=True)
             rows.append({"kind": kind, "images": num_images, **json.loads(told.stdout)})
             click.echo(json.dumps(rows[-1]))
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "stream_memory.json").write_text(json.dumps({"machine": describe_machine(), "rows": rows}, indent=1) + "\n")
-    (RESULTS / "stream_memory.md").write_text(_table(rows))
+    (RESULTS / "stream_memory.md").write_text(
+        f"Made by `python -m bench.stream_memory`; do not edit. {describe_machine()}.\n\n{_table(rows)}"
+    )
 
 
 def _jpegs() -> list[bytes]:

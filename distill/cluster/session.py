@@ -54,7 +54,7 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
 
 
 def _stop() -> None:
-    """Disconnect. Of a cluster that was started here nothing is left: a worker that has not noticed the end of its raylet would outlive it."""
+    """Disconnect. Nothing is left of a cluster that was started here: a worker that did not notice the end of its raylet is ended."""
     cluster: list[psutil.Process] = []
     for child in psutil.Process().children():
         with suppress(psutil.NoSuchProcess):
