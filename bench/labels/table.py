@@ -52,17 +52,17 @@ def _times(result: dict[str, Any]) -> list[str]:
         "",
     ]
     lines += [
-        "| T | max_tv | teacher, a label | encode, a label | share | step of 256 | decode of 256 | share |",
+        "| T | max_tv | teacher, a label | writing, a label | share | step of 256 | reading 256 | share |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for case in result["times"]:
-        teacher, encode, step, decode = (
+        teacher, writing, step, reading = (
             float(np.median([cost[key] for cost in case["rounds"]]))
-            for key in ("teacher_s_per_label", "encode_s_per_label", "student_step_s", "decode_s_per_step")
+            for key in ("teacher_s_per_label", "write_s_per_label", "student_step_s", "read_s_per_step")
         )
         temperatures = ", ".join(f"{temperature:g}" for temperature in case["temperatures"])
         lines.append(
-            f"| {temperatures} | {case['max_tv']:g} | {1e3 * teacher:.2f} ms | {1e6 * encode:.0f} us | **{encode / teacher:.2%}** "
-            f"| {1e3 * step:.0f} ms | {1e3 * decode:.2f} ms | **{decode / step:.2%}** |"
+            f"| {temperatures} | {case['max_tv']:g} | {1e3 * teacher:.2f} ms | {1e6 * writing:.0f} us | **{writing / teacher:.2%}** "
+            f"| {1e3 * step:.0f} ms | {1e3 * reading:.2f} ms | **{reading / step:.2%}** |"
         )
     return [*lines, ""]
