@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import re
 import signal
 import subprocess
 import time
@@ -33,6 +34,7 @@ NUM_KILLS = int(os.environ.get("DISTILL_KILLS", "4"))
 OUTAGE_S = float(os.environ.get("DISTILL_OUTAGE_S", "5"))
 SEED = int(os.environ.get("DISTILL_KILLS_SEED", "0"))
 EPOCHS = 4 + NUM_KILLS // 2
+NUM_STEPS = 20 * EPOCHS
 VICTIMS = ("driver", "worker", "triton")
 
 logger = logging.getLogger(__name__)
@@ -63,13 +65,24 @@ class Chaos:
             process = self.line.start("train")
 
     def _work_for(self, process: subprocess.Popen[str], seconds: float) -> bool:
-        """Wait until a worker is there and for so long after; whether the driver still runs then."""
+        """Wait until a worker is there and for so long after, but not past this kill's share of the steps.
+
+        Returns:
+            Whether the driver still runs.
+        """
         with suppress(pytest.fail.Exception):  # it ended: well or not, the caller looks
             self.wait_until(lambda: process.poll() is not None or self.worker() is not None, timeout_s=120)
         deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and process.poll() is None:
+        due = NUM_STEPS * (self.killed.total() + 1) // (NUM_KILLS + 1)
+        while time.monotonic() < deadline and process.poll() is None and self.step() < due:
             time.sleep(0.05)
         return process.poll() is None
+
+    def step(self) -> int:
+        """The last step that was told of."""
+        journal = self.line.folder / "train" / "metrics.jsonl"
+        told = re.findall(r'"kind": "step", "step": (\d+)', journal.read_text()) if journal.exists() else []
+        return int(told[-1]) if told else 0
 
     def worker(self) -> int | None:
         """Process id of the training worker."""
