@@ -78,6 +78,7 @@ def _start(settings: RaySettings, private: Path) -> None:
         raise ServerStartError(f"no Ray cluster ({settings.address or 'local'}): {error}") from error
     except SystemExit as end:
         if end.code == signal.SIGTERM:  # what Ray's handler makes of it, and ours is not back yet
+            signal.alarm(0)  # that handler has set an alarm which aborts the process after 3 s
             raise Terminated from end
         raise
 

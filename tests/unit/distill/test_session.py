@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 DRIVER = """
-import os, signal, sys
+import os, signal, sys, time
 import ray
 from distill.cli import main
 from distill.cluster.session import ray_session
@@ -41,6 +41,8 @@ try:
     os.kill(tell, signal.SIGTERM)
 except Terminated:
     print("closed", ray.is_initialized(), flush=True)
+    if when == "starting":
+        time.sleep(4)  # Ray's own handler would abort a process that takes 3 s to end
     sys.exit(143)
 """
 
