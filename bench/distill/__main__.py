@@ -1,4 +1,5 @@
-"""`python -m bench.distill run` measures, `workers` and `profile` look closer, `table` writes results/TABLE.md. README.md has the commands.
+"""`python -m bench.distill run` measures, `workers`, `decoding` and `profile` look closer, `table` writes results/TABLE.md. README.md has
+the commands.
 
 In each round every arm is measured once (the control twice: first, and in the middle), each in a fresh process, one at a time, so that a
 busy spell of the machine falls on all; ratios are taken within a round, and the median of the rounds counts. Every cell is written at once:
@@ -22,6 +23,7 @@ import torch
 from bench.distill.cases import CASES, Case, Prepared, prepare, quick
 from bench.distill.ceilings import measure_ceilings
 from bench.distill.cell import ARMS, Cell
+from bench.distill.decoding import measure_decoding
 from bench.distill.peers_run import COMMANDS, measure_peer
 from bench.distill.profile import profile as profile_arm
 from bench.distill.table import write_table
@@ -177,6 +179,20 @@ def workers(workers: tuple[int, ...], rounds: int, **where: Any) -> None:
                 cells.append(cell)
                 console.print(f"{one.case.name} {num_workers} workers: {cell['images_per_s']:.1f} images/s")
         _keep(f"workers-{one.case.name}", {**_described(one), "cells": cells}, where["is_quick"], one)
+
+
+@main.command()
+@_options
+@click.option("--rounds", type=int, default=3, show_default=True)
+def decoding(rounds: int, **where: Any) -> None:
+    """The stream alone, with one and with several crops a decode; results/decoding-CASE.json."""
+    for one in _prepare(**where):
+        several = (1, one.case.crops_per_decode)
+        measure_decoding(one, 1)  # warms up
+        cells = [{"round": number, **measure_decoding(one, crops)} for number in range(rounds) for crops in several]
+        for cell in cells:
+            console.print(f"{one.case.name} {cell['crops_per_decode']} crops a decode: {cell['crops_per_s']:.1f} crops/s")
+        _keep(f"decoding-{one.case.name}", {**_described(one), "cells": cells}, where["is_quick"], one)
 
 
 @main.command()

@@ -48,6 +48,8 @@ def write_table(results: Path) -> Path:
             lines += _profile(kept)
         elif path.stem.startswith("workers-"):
             lines += _workers(kept)
+        elif path.stem.startswith("decoding-"):
+            lines += _decoding(kept)
         else:
             lines += _case(kept)
     target = results / "TABLE.md"
@@ -174,6 +176,19 @@ def _workers(kept: dict[str, Any]) -> list[str]:
         one = {cell["round"]: cell["images_per_s"] for cell in cells if cell["workers"] == numbers[0]}
         ratios = [cell["images_per_s"] / one[cell["round"]] for cell in cells if cell["workers"] == number]
         lines.append(f"| {number} | {_spread(rates, '.1f')} | {_spread(ratios)} |")
+    return [*lines, ""]
+
+
+def _decoding(kept: dict[str, Any]) -> list[str]:
+    lines = [*_head(kept, "the stream alone, several crops a decode"), "Read, decoded and cropped; no labels, no student.", ""]
+    lines += ["| crops a decode | crops/s | of one a decode | CPU-ms a crop |", "|---|---|---|---|"]
+    cells = kept["cells"]
+    one = {cell["round"]: cell["crops_per_s"] for cell in cells if cell["crops_per_decode"] == 1}
+    for number in sorted({cell["crops_per_decode"] for cell in cells}):
+        own = [cell for cell in cells if cell["crops_per_decode"] == number]
+        ratios = [cell["crops_per_s"] / one[cell["round"]] for cell in own]
+        rates, cpu = [cell["crops_per_s"] for cell in own], float(np.median([cell["cpu_ms_per_crop"] for cell in own]))
+        lines.append(f"| {number} | {_spread(rates, '.0f')} | {_spread(ratios)} | {cpu:.2f} |")
     return [*lines, ""]
 
 

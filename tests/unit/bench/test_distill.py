@@ -76,6 +76,14 @@ def test_a_peer_that_did_not_run_is_named_with_its_reason(tmp_path: Path) -> Non
     assert "/ torchdistill, teacher inline: **1.25**" in text
 
 
+def test_several_crops_a_decode_are_held_against_one_of_the_same_round(tmp_path: Path) -> None:
+    rates = {(0, 1): 100, (0, 4): 150, (1, 1): 40, (1, 4): 64}
+    cells = [{"round": r, "crops_per_decode": m, "crops_per_s": rate, "cpu_ms_per_crop": 2.0} for (r, m), rate in rates.items()]
+    kept = {"case": CASE, "threads": 2, "machine": "a machine", "torch": "2", "cells": cells}
+    (tmp_path / "decoding-small.json").write_text(json.dumps(kept))
+    assert "| 4 | **107** (64 to 150) | **1.55** (1.50 to 1.60) | 2.00 |" in write_table(tmp_path).read_text()
+
+
 def test_samples_are_sorted_by_their_innermost_known_frame() -> None:
     loop = "thread (1): MainThread;train_worker (/r/student_trainer/worker.py:40)"
     lines = [
