@@ -16,6 +16,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 TEACHER = "#222222"
 MOST_LINES = 6
 """Students in one picture of lines: the best ones, if there are more."""
+FEWEST_IN_BIN = 10
+"""Images in a bin of a calibration picture; the accuracy of fewer says nothing."""
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "distill",
@@ -148,11 +150,11 @@ def reliability(evaluation: dict[str, Any]) -> str:
             if name in evaluation["controls"]:
                 everyone.append(("labels only", evaluation["controls"][name], COLOURS[1], ":"))
             for title, entry, colour, style in everyone:
-                bins = entry["scores"]["reliability"]
+                bins = [b for b in entry["scores"]["reliability"] if b["num_images"] >= FEWEST_IN_BIN]
                 label = f"{title}, ECE {entry['scores']['ece']:.3f}"
                 axes.plot([b["confidence"] for b in bins], [b["accuracy"] for b in bins], style, marker=".", color=colour, label=label)
             axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", title=name)
-            axes.legend(fontsize="x-small", loc="upper left")
+            axes.legend(fontsize="x-small", loc="lower right")
         figure.supxlabel("confidence (largest probability)", fontsize="medium")
         figure.supylabel("accuracy", fontsize="medium")
 

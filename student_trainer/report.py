@@ -135,6 +135,7 @@ def _content(gathered: dict[str, Any], students: list[Candidate]) -> dict[str, A
         "fingerprint": stages[gathered["teacher"]]["fingerprint"],
         "parity": stages[gathered["teacher"]]["parity"],
         "num_bins": NUM_BINS,
+        "fewest_in_bin": plots.FEWEST_IN_BIN,
         "rejected": gathered["rejected"],
         "run_file": yaml.safe_dump(gathered["run"], sort_keys=False, allow_unicode=True),
         "plots": {
