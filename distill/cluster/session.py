@@ -12,6 +12,7 @@ import secrets
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,8 +26,8 @@ from distill.errors import ServerStartError, Terminated
 
 OBJECT_STORE_BYTES = 256 * 2**20
 """Local cluster: crops and labels do not go through the object store, so a small one is enough."""
-LEAVE_WITHIN_S = 10.0
-"""How long processes of a local cluster that was stopped have to end by themselves."""
+LEAVE_WITHIN_S = 5.0
+"""How long processes of a local cluster have to end once they are told to."""
 POLL_EVERY_S = 0.25
 """How often Ray Train asks its workers for news. A worker waits for that before it can report its next checkpoint, and so does the end of
 every stage; Ray's own 2 s are long beside a step."""
@@ -46,34 +47,22 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_EVERY_S))
     with tempfile.TemporaryDirectory(prefix="distill-ray-") as private, _own_sigterm():
         try:
-            with _own_sigterm():
-                _start(settings, Path(private))
+            _start(settings, Path(private))
             yield
-        finally:
-            _stop()  # a start that was cut short, too
-
-
-def _stop() -> None:
-    """Disconnect. Nothing is left of a cluster that was started here: a worker that did not notice the end of its raylet is ended."""
-    cluster: list[psutil.Process] = []
-    for child in psutil.Process().children():
-        with suppress(psutil.NoSuchProcess):
-            if child.name() in ("raylet", "gcs_server"):
-                cluster += [child, *child.children(recursive=True)]
-    ray.shutdown()
-    _, left = psutil.wait_procs(cluster, timeout=LEAVE_WITHIN_S)
-    for process in left:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(left, timeout=LEAVE_WITHIN_S)
+        finally:  # of a start that was cut short, too
+            if settings.address:
+                ray.shutdown()
+            else:
+                _stop_local()
 
 
 def _start(settings: RaySettings, private: Path) -> None:
     try:
-        if settings.address:
-            ray.init(settings.address, log_to_driver=False, logging_level=logging.ERROR)
-        else:
-            _start_local(settings, private)
+        with _own_sigterm():
+            if settings.address:
+                ray.init(settings.address, log_to_driver=False, logging_level=logging.ERROR)
+            else:
+                _start_local(settings, private)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ServerStartError(f"no Ray cluster ({settings.address or 'local'}): {error}") from error
     except SystemExit as end:
@@ -81,6 +70,49 @@ def _start(settings: RaySettings, private: Path) -> None:
             signal.alarm(0)  # that handler has set an alarm which aborts the process after 3 s
             raise Terminated from end
         raise
+
+
+def _stop_local() -> None:
+    """Disconnect, and end what is left of the cluster that was started here: a worker that did not notice the end of its raylet."""
+    cluster = _processes_of_ray()
+    try:
+        with _own_sigterm():
+            ray.shutdown()
+    finally:
+        _end(cluster)
+
+
+def _processes_of_ray() -> list[psutil.Process]:
+    """Ray's programs among our children, and everything that they started."""
+    program, found = str(Path(ray.__file__).parent), list[psutil.Process]()
+    with suppress(psutil.Error):
+        for child in psutil.Process().children():
+            with suppress(psutil.Error):
+                if any(program in word for word in child.cmdline()):
+                    found += [child, *child.children(recursive=True)]
+    return found
+
+
+def _end(processes: list[psutil.Process]) -> None:
+    """SIGTERM, and SIGKILL for those that are still there after `LEAVE_WITHIN_S`."""
+    deadline = time.monotonic() + LEAVE_WITHIN_S
+    try:
+        for process in filter(_lives, processes):
+            with suppress(psutil.Error):
+                process.terminate()
+        while any(map(_lives, processes)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+    finally:
+        for process in filter(_lives, processes):
+            with suppress(psutil.Error):
+                process.kill()
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 @contextmanager

@@ -3,10 +3,9 @@ code is ours. Real processes."""
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -54,37 +53,64 @@ def test_sigterm_is_ours_while_ray_starts_inside_and_after(when: str, said: str)
     assert ended.returncode == 143
 
 
-DETACHED = """
-import os, signal, subprocess
+LEFT = """
+import os, signal, subprocess, sys
 import psutil, ray
+from distill.cli import main
 from distill.cluster.session import ray_session
 from distill.cluster.settings import RaySettings
+from distill.errors import Terminated
+
+signal.signal(signal.SIGTERM, main._terminate)
 
 @ray.remote(num_cpus=0)
 class Starter:
     def start(self):
-        return os.getpid(), subprocess.Popen(["sleep", "600"], start_new_session=True).pid
+        stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
+        child = subprocess.Popen([sys.executable, "-c", stubborn], start_new_session=True, stdout=subprocess.PIPE)
+        child.stdout.readline()
+        return os.getpid(), child.pid
 
-with ray_session(RaySettings()):
-    starter = Starter.options(lifetime="detached").remote()
-    worker, sleeper = map(psutil.Process, ray.get(starter.start.remote()))
-    print(sleeper.pid, flush=True)
-    worker.suspend()  # it cannot end what it started
-    raylet, stop = worker.parent(), ray.shutdown
-    def shutdown():
-        raylet.kill()  # before it ends its workers
-        stop()
-    ray.shutdown = shutdown
+try:
+    with ray_session(RaySettings()):
+        starter = Starter.options(lifetime="detached").remote()
+        worker, child = map(psutil.Process, ray.get(starter.start.remote()))
+        print(worker.pid, child.pid, flush=True)
+        worker.suspend()  # it cannot end what it started
+        raylet, stop = worker.parent(), ray.shutdown
+        def shutdown():
+            raylet.kill()  # before it ends its workers
+            stop()
+            if sys.argv[1] == "SIGTERM":
+                signal.setitimer(signal.ITIMER_REAL, 1)  # while the child is waited for
+        ray.shutdown = shutdown
+        signal.signal(signal.SIGALRM, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
+except Terminated:
+    sys.exit(143)
 """
 
 
-def test_a_process_that_does_not_end_with_its_cluster_is_ended() -> None:
-    """It does not notice that its cluster is gone, and the raylet does not get round to ending it."""
-    ended = subprocess.run([sys.executable, "-c", DETACHED], capture_output=True, text=True, timeout=120, check=True)
-    pid = int(ended.stdout.split()[0])  # behind it Ray may say that a raylet died
+@pytest.mark.parametrize(("meanwhile", "code"), [("nothing", 0), ("SIGTERM", 143)])
+def test_what_does_not_end_with_its_cluster_is_ended(meanwhile: str, code: int) -> None:
+    """It does not notice that its cluster is gone, minds no SIGTERM, and the raylet does not get round to ending it."""
+    process = subprocess.Popen([sys.executable, "-c", LEFT, meanwhile], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    started: list[psutil.Process] = []
     try:
-        state = psutil.Process(pid).status()
-    except psutil.NoSuchProcess:
-        return
-    os.kill(pid, signal.SIGKILL)
-    assert state == psutil.STATUS_ZOMBIE, state  # dead, but init has not noticed
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        started = [psutil.Process(int(pid)) for pid in first.split()]
+        _, err = process.communicate(timeout=240)
+        assert process.returncode == code, err
+        assert len(started) == 2, err
+        assert not any(map(_lives, started))
+    finally:
+        for left in (process, *started):
+            with suppress(psutil.Error, ProcessLookupError):
+                left.kill()
+        process.communicate()
+
+
+def _lives(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE  # dead, but init has not noticed
+    return False
