@@ -45,6 +45,9 @@ FILES = (10_000, 100_000, 1_000_000)
 NUMBERS = (1_000_000, 100_000_000, 1_000_000_000)
 """Sizes of the `plan` rows."""
 
+CAVEAT = (
+    "RSS: growth that finds room in memory which the warm-up gave back is not seen. Sets of fewer images than the batches want end earlier."
+)
 Row = dict[str, Any]
 
 

@@ -188,7 +188,6 @@ def decoding(rounds: int, **where: Any) -> None:
     """The stream alone, with one and with several crops a decode; results/decoding-CASE.json."""
     for one in _prepare(**where):
         several = (1, one.case.crops_per_decode)
-        measure_decoding(one, 1)  # warms up
         cells = [{"round": number, **measure_decoding(one, crops)} for number in range(rounds) for crops in several]
         for cell in cells:
             console.print(f"{one.case.name} {cell['crops_per_decode']} crops a decode: {cell['crops_per_s']:.1f} crops/s")
@@ -207,6 +206,10 @@ def profile(py_spy: Path, arms: tuple[str, ...], **where: Any) -> None:
         for arm, phases in found.items():
             console.print(f"{one.case.name} {arm}: " + ", ".join(f"{phase} {share:.1%}" for phase, share in phases["loop"].items()))
             console.print("    beside: " + ", ".join(f"{phase} {share:.1%}" for phase, share in phases["beside"].items()))
+        path = _path(one, f"profile-{one.case.name}", where["is_quick"])
+        old: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        if {**old, "arms": None} == {**json.loads(json.dumps(_described(one))), "arms": None}:
+            found = {**old["arms"], **found}  # arms of an earlier call stay
         _keep(f"profile-{one.case.name}", {**_described(one), "arms": found}, where["is_quick"], one)
 
 
