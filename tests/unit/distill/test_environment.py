@@ -18,7 +18,7 @@ def step():
     blocks = [torch.ones(10 * 2**20) for _ in range(3)]  # over 32 MiB each, which glibc would always give back
     del blocks
 def steps():
-    for _ in range(5):
+    for _ in range(25):  # fragments: until the heap has room for a whole step takes three to seven
         step()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(5):

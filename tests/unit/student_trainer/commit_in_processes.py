@@ -44,8 +44,11 @@ def kill_at_random(folder: Path, identity: StoreIdentity) -> None:
             for number in range(10_000):
                 commit_one(store, victim, 2 * number)
                 os.write(writer, b".")
-        os.read(reader, 1)  # the first commit is done; what follows is a random moment of a later one
-        until = time.monotonic() + chance.uniform(0, 0.02)
+        for _ in range(chance.randint(1, 4)):
+            began = time.monotonic()
+            os.read(reader, 1)  # one more commit has returned
+        ended = time.monotonic()
+        until = ended + chance.random() * (ended - began)  # a random moment of the next one, as long as they take on this machine
         while time.monotonic() < until:
             pass
         os.kill(child, signal.SIGKILL)

@@ -177,7 +177,7 @@ def test_sigkill_at_random_moments(store: SoftLabelStore, held_by: Any, quiet: N
     """What returned is there once; at most the one commit in flight of each victim may be there beyond it, whole."""
     told = run_committers("kill", store)
     held = held_by(store)
-    assert len(told) > 24
+    assert len(told) > 2 * 12  # each of the 12 victims committed at least once, and some more often
     assert set(told) <= set(held)
     assert set(held.values()) == {1}
     beyond = Counter(shard for _, shard, _ in set(held) - set(told))
