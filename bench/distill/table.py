@@ -81,9 +81,8 @@ def _computed(kept: dict[str, Any]) -> str:
 def _case(kept: dict[str, Any]) -> list[str]:
     cells = [cell for cell in kept["cells"] if "error" not in cell]
     failed = {cell["arm"]: cell["error"] for cell in kept["cells"] if "error" in cell}
-    rounds = len({cell["round"] for cell in cells})
-    lines = [*_head(kept, "side by side"), f"Medians of {rounds} rounds, least and greatest in brackets; ratios within a round.", ""]
-    lines += ["| arm | images/s | of pure training | CPU-ms an image | loss |", "|---|---|---|---|---|"]
+    lines = [*_head(kept, "side by side"), "Medians over the rounds, least and greatest in brackets; ratios within a round.", ""]
+    lines += ["| arm | rounds | images/s | of pure training | CPU-ms an image | loss |", "|---|---|---|---|---|---|"]
     lines += [_row(cells, arm) for arm in WHAT if any(cell["arm"] == arm for cell in cells)]
     lines += ["", *_against_inline(cells), *_students(cells, kept["case"]), *_stand_in(cells)]
     lines += [f"{WHAT[arm]}: did not run. {error}" for arm, error in failed.items()]
@@ -98,7 +97,8 @@ def _row(cells: Sequence[Cell], arm: str) -> str:
         ratio += f", promise {promise:g}" if promise else ""
     own = [cell for cell in cells if cell["arm"] == arm]
     rates, cpu = [cell["images_per_s"] for cell in own], float(np.median([cell["cpu_ms_per_image"] for cell in own]))
-    return f"| {WHAT[arm]} | {_spread(rates, '.1f')} | {ratio} | {cpu:.2f} | {_losses(cells, arm)} |"
+    rounds = len({cell["round"] for cell in own})
+    return f"| {WHAT[arm]} | {rounds} | {_spread(rates, '.1f')} | {ratio} | {cpu:.2f} | {_losses(cells, arm)} |"
 
 
 def _losses(cells: Sequence[Cell], arm: str) -> str:
