@@ -20,15 +20,15 @@ async def answerable(path: LabelPath, batch: CropBatch, rejections: RejectionLog
     """The batch without the crops that have no usable answer, and the labels of the others. The images left out are rejected.
 
     Raises:
-        TeacherAnswerError: not one crop of the batch has an answer, this path has had none before, and the teacher has none for a grey
-            crop. Then the teacher is at fault, not the images. Else all of them are rejected, and the batch that comes back is empty.
+        TeacherAnswerError: not one crop that the teacher was asked for has an answer, and it has none for a grey crop either. Then the
+            teacher is at fault, not the images. Else all of them are rejected; the batch that comes back may be empty.
         what `LabelPath.read` raises.
     """
     try:
         return batch, await path.read(batch)
     except TeacherAnswerError:
         found = await _in_halves(path, batch, np.arange(len(batch.image_ids)))
-        if not found and path.num_asked == 0 and not await path.teacher.ready():
+        if not any(labels.num_asked for _, labels in found) and not await path.teacher.ready():
             raise
     nothing = np.empty(0, dtype=np.int64)
     found.append((nothing, await path.read(batch.take(nothing))))  # so that there is something to join

@@ -87,17 +87,36 @@ def test_a_batch_of_bad_images_alone_is_rejected_where_the_teacher_answers_other
 
 
 class Broken(FakeTeacher):
-    """Answers NaN for whatever it is asked."""
+    """Answers a number of questions, and then NaN, or one class too few, for whatever it is asked."""
+
+    def __init__(self, good: int, how: str) -> None:
+        super().__init__()
+        self._good, self._how = good, how
 
     async def _infer(self, crops_BHWC: Any, temperature_B1: Any, names: tuple[str, ...]) -> dict[str, Any]:
-        return {name: np.full_like(tensor, np.nan) for name, tensor in (await super()._infer(crops_BHWC, temperature_B1, names)).items()}
+        tensors = await super()._infer(crops_BHWC, temperature_B1, names)
+        self._good -= 1
+        if self._good >= 0:
+            return tensors
+        return {name: np.full_like(tensor, np.nan) if self._how == "NaN" else tensor[:, :-1] for name, tensor in tensors.items()}
 
 
-def test_a_teacher_that_answers_nothing_is_at_fault_itself(batch: CropBatch, store: SoftLabelStore, loader_of: Any, held_by: Any) -> None:
+@pytest.mark.parametrize("how", ["NaN", "9"])
+@pytest.mark.parametrize("good", [0, 1])
+def test_a_teacher_that_answers_nothing_any_more_is_at_fault_itself(
+    batch: CropBatch, store: SoftLabelStore, loader_of: Any, held_by: Any, good: int, how: str
+) -> None:
+    """Also where some labels of the batch are there already: `good` questions were answered before."""
     rejections = loader_of().rejections
-    path = LabelPath(store, Broken(), RULES)
-    with pytest.raises(TeacherAnswerError, match="NaN"):
-        asyncio.run(answerable(path, batch, rejections))
+    path = LabelPath(store, Broken(good, how), RULES)
+
+    async def ask() -> None:
+        if good:
+            await answerable(path, batch.take(np.arange(8)), rejections)
+        await answerable(path, batch, rejections)
+
+    with pytest.raises(TeacherAnswerError, match=how):
+        asyncio.run(ask())
     assert rejections.num_rejected == 0
     path.commit()
-    assert held_by(store) == {}
+    assert sorted(held_by(store).values()) == [1] * 8 * good
