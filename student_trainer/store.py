@@ -250,6 +250,7 @@ class SoftLabelStore:
                 fresh += self.manifest.refresh(segment.view)
                 new = self._without_kept(segment, table, limit)
                 left = None if len(new) == len(table) and self.manifest.append(segment) else new
+                self._quarantine_cut_off(segment)
                 fresh += self.manifest.refresh(segment.view)
                 # Also where the answer to `append` was lost, and the client library tried again and was refused.
                 if self._is_named(segment):
@@ -260,6 +261,13 @@ class SoftLabelStore:
         if left is not None:
             self.files.remove(segment.file)
         return left, fresh
+
+    def _quarantine_cut_off(self, new: Segment) -> None:
+        """Move away what lies where `new` is committed and is not as long as it was: only now are its labels sure to be there again."""
+        gone = {segment.file: segment for segment in self.manifest.gone((new.view, new.shard))}
+        for file, size in self.files.sizes(gone).items() if gone else ():
+            if size != gone[file].size_bytes:
+                self.quarantine(gone[file])
 
     def _segment(self, view: int, shard: int, temperatures: tuple[float, ...], table: pa.Table, replaces: tuple[str, ...] = ()) -> Segment:
         data = table_bytes(table)

@@ -67,9 +67,10 @@ class Manifest:
         """(view, shard) of everything that was ever committed, in order."""
         return sorted(list(self._units))  # noqa: C414 - sorting takes its time, and another thread may add meanwhile
 
-    def gone(self) -> list[Segment]:
-        """Segments that are missing, cut off or in quarantine, and that no other one replaces."""
-        return [segment for file, segment in list(self._named.items()) if file in self._gone and not self._is_replaced(file)]
+    def gone(self, unit: tuple[int, int] | None = None) -> list[Segment]:
+        """Segments that are missing, cut off or in quarantine, and that no other one replaces; all, or those of one (view, shard)."""
+        named = list(self._named.values()) if unit is None else self.named_in(*unit)
+        return [segment for segment in named if segment.file in self._gone and not self._is_replaced(segment.file)]
 
     def replaced(self) -> list[Segment]:
         """Segments whose labels are in another one."""
