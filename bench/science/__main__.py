@@ -1,6 +1,6 @@
 """`python -m bench.science run ...` trains what is missing, `python -m bench.science table` writes the table and the picture.
 
-    python -m bench.science run --dataset fashion --images WHERE/fashion --seeds 0 1 2 --minutes 110
+    python -m bench.science run --dataset fashion --images WHERE/fashion --seeds 0 --seeds 1 --seeds 2 --minutes 110
     python -m bench.science table
 
 Every stage is kept in the cache under the hash of its settings, so that the table can be built in pieces: `run` stops before the first arm

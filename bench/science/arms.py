@@ -112,6 +112,44 @@ SETTINGS = {
 }
 
 
+VIEWS = 10
+"""Different crops of each image in distillation; later epochs read the labels of the first ten."""
+
+
+def self_training(setting: Setting) -> TrainSettings:
+    """The teacher's own network on its soft labels, at the paper's temperature."""
+    return TrainSettings(
+        students=[StudentSettings(name="self-distilled", network=TEACHER, optimizer=sgd(0.01, 1e-4))],
+        epochs=setting.self_distill_epochs,
+        num_views=VIEWS,
+        global_batch=128,
+        min_area=setting.min_area,
+        temperature=0.1,
+        num_evaluations=1,
+        control=False,
+        precision=PRECISION,
+    )
+
+
+def small_training(setting: Setting, images: str = "unlabelled", alpha: float = 1.0) -> TrainSettings:
+    """The small network on a teacher's soft labels."""
+    return TrainSettings.model_validate(
+        {
+            "students": [StudentSettings(name="small", network=STUDENT, optimizer=sgd(0.1, 1e-4))],
+            "images": images,
+            "alpha": alpha,
+            "epochs": setting.distill_epochs,
+            "num_views": VIEWS,
+            "global_batch": 128,
+            "min_area": setting.min_area,
+            "temperature": 1.0,
+            "num_evaluations": 1,
+            "control": False,
+            "precision": PRECISION,
+        }
+    )
+
+
 class Arms:
     """The arms of one image set, seed and label fraction. An arm makes what it needs, once for all arms that need it."""
 
@@ -153,7 +191,7 @@ class Arms:
     def student_of_finetuned(self) -> Result:
         """The small network on the soft labels of the teacher that was fine-tuned only."""
         served = self.stages.serve(self._finetuned())
-        return self.stages.distill(served, self._training("unlabelled", 1.0), self.fraction).result["scores"]["small"]
+        return self.stages.distill(served, small_training(self.setting), self.fraction).result["scores"]["small"]
 
     def _pretrained(self) -> Made:
         return self.stages.pretrain(self.setting.pretrain)
@@ -162,39 +200,11 @@ class Arms:
         return self.stages.classify(TEACHER, self.setting.finetune[self.fraction], self.fraction, self._pretrained())
 
     def _self_distilled(self) -> Made:
-        train = TrainSettings(
-            students=[StudentSettings(name="self-distilled", network=TEACHER, optimizer=sgd(0.01, 1e-4))],
-            epochs=self.setting.self_distill_epochs,
-            num_views=VIEWS,
-            global_batch=128,
-            min_area=self.setting.min_area,
-            temperature=0.1,
-            num_evaluations=1,
-            control=False,
-            precision=PRECISION,
-        )
-        return self.stages.distill(self.stages.serve(self._finetuned()), train, self.fraction)
-
-    def _training(self, images: str, alpha: float) -> TrainSettings:
-        return TrainSettings.model_validate(
-            {
-                "students": [StudentSettings(name="small", network=STUDENT, optimizer=sgd(0.1, 1e-4))],
-                "images": images,
-                "alpha": alpha,
-                "epochs": self.setting.distill_epochs,
-                "num_views": VIEWS,
-                "global_batch": 128,
-                "min_area": self.setting.min_area,
-                "temperature": 1.0,
-                "num_evaluations": 1,
-                "control": False,
-                "precision": PRECISION,
-            }
-        )
+        return self.stages.distill(self.stages.serve(self._finetuned()), self_training(self.setting), self.fraction)
 
     def _student(self, images: str, alpha: float) -> Result:
         served = self.stages.serve(self._self_distilled(), student="self-distilled")
-        train = self._training(images, alpha)
+        train = small_training(self.setting, images, alpha)
         if images == "labelled":  # as many steps as with all images
             steps = train.epochs * (self.setting.num_images // train.global_batch)
             labelled = round(self.setting.num_images * self.fraction)
@@ -205,9 +215,6 @@ class Arms:
     def _scores(made: Made) -> Result:
         return made.result["scores"]
 
-
-VIEWS = 10
-"""Different crops of each image in distillation; later epochs read the labels of the first ten."""
 
 ARMS: dict[str, Callable[[Arms], Result]] = {
     "teacher, supervised only": Arms.teacher_supervised,
