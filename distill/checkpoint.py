@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill.errors import CheckpointError
+from distill.teacher_info import Preprocessing
 
 WEIGHTS = "weights.safetensors"
 STATE = "state.pt"
@@ -35,6 +36,32 @@ Write: TypeAlias = Callable[[Path], None]
 
 PRETRAINED = "pretrained"
 """`kind` in the manifest of a checkpoint of stage 1: `network` there names the backbone, the weights are `backbone.*` and `head.*`."""
+
+
+def pretrained_preprocessing(manifest: dict[str, Any], origin: str) -> Preprocessing:
+    """What the images of pretraining went through.
+
+    Raises:
+        CheckpointError: the manifest of the pretrained checkpoint does not say.
+    """
+    if "preprocessing" not in manifest:
+        raise CheckpointError(
+            f"the manifest in {origin} does not say with which mean and std it was pretrained; pretrain or import it again"
+        )
+    return Preprocessing.model_validate(manifest["preprocessing"])
+
+
+def require_same_pixels(manifest: dict[str, Any], preprocessing: Preprocessing, origin: str) -> None:
+    """Another mean or std than in pretraining would cost points in silence. The size of crops may change between the stages.
+
+    Raises:
+        CheckpointError: they differ, or see `pretrained_preprocessing`.
+    """
+    known = pretrained_preprocessing(manifest, origin)
+    for name in ("mean", "std"):
+        theirs, ours = list(getattr(known, name)), list(getattr(preprocessing, name))
+        if theirs != ours:
+            raise CheckpointError(f"data.{name} is {ours}, but {origin} was pretrained with {theirs}; set data.{name} to that")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ They stand apart from the code that they steer, so that reading a run file impor
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeAlias
 
 from pydantic import Field, field_validator, model_validator
 
@@ -220,12 +220,16 @@ class StudentExportSettings(Section):
         return formats
 
 
+Take: TypeAlias = Literal["auto", "classifier", "pretrained"]
+"""What of an import a run goes on with."""
+
 _ONLY_FOR = {
     "timm_name": ("timm",),
     "arch": ("torch",),
     "logits": ("onnx",),
     "classifier_after": ("simclr",),
     "use_ema": ("simclr", "timm", "torch"),
+    "take": ("simclr", "checkpoint"),
 }
 """Field of `ImportSettings` -> the kinds that it means something to."""
 
@@ -251,6 +255,9 @@ class ImportSettings(Section):
     """`simclr`: layers of the projection head below the classifier; -1 for all. Default: what the checkpoint itself shows."""
     use_ema: bool = False
     """`simclr`, `timm`, `torch`: take the moving average of the weights that lies beside them in the file."""
+    take: Take = "auto"
+    """`simclr`, `checkpoint`: what the run goes on with where both are there. `classifier`: it is the teacher. `pretrained`: backbone and
+    projection head, to be fine-tuned. `auto`: `pretrained` where a file's classifier only looked on in pretraining, else `classifier`."""
 
     @field_validator("arch")
     @classmethod

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from distill.checkpoint import PRETRAINED, Checkpoint, load_checkpoint, load_weights
+from distill.checkpoint import PRETRAINED, Checkpoint, load_checkpoint, load_weights, require_same_pixels
 from distill.config import validate
 from distill.errors import CheckpointError
 from distill.models.classifier import Classifier
@@ -24,12 +24,13 @@ def load_initial_weights(network: Classifier, settings: StudentSettings, class_n
     """Put the weights of a checkpoint into a fresh student.
 
     Raises:
-        CheckpointError: no checkpoint there, damaged, of another kind, network or class list.
+        CheckpointError: no checkpoint there, damaged, of another kind, network, class list, mean or std.
     """
     found = load_checkpoint(folder)
     kind = found.manifest.get("kind")
     origin = f"student {settings.name}: {folder}"
     if kind == PRETRAINED:
+        require_same_pixels(found.manifest, network.preprocessing, origin)
         weights = _from_pretrained(found, network, settings, origin)
     elif kind == CLASSIFIER:
         card = validate(ClassifierCard, found.manifest["card"], origin=f"the card in {folder}")

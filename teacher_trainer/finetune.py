@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from distill.checkpoint import PRETRAINED, load_checkpoint, load_weights
+from distill.checkpoint import PRETRAINED, load_checkpoint, load_weights, require_same_pixels
 from distill.cluster.worker import Worker
 from distill.config import Section
 from distill.data_settings import DataSettings
@@ -91,13 +91,13 @@ def classifier_from_pretrained(
     """The pretrained backbone and the first layers of its head, under a new linear classifier.
 
     Raises:
-        CheckpointError: no pretrained checkpoint there, or of another network.
-        ConfigError: more head layers asked for than lie below the last one, or pixels normalised in another way than in pretraining.
+        CheckpointError: no pretrained checkpoint there, of another network, or pretrained on pixels normalised in another way.
+        ConfigError: more head layers asked for than lie below the last one.
     """
     found = load_checkpoint(checkpoint)
     if found.manifest.get("kind") != PRETRAINED:
         raise CheckpointError(f"{checkpoint} holds a {found.manifest.get('kind')!r} checkpoint, not a pretrained one")
-    _require_same_pixels(found.manifest, preprocessing, checkpoint)
+    require_same_pixels(found.manifest, preprocessing, str(checkpoint))
     layers = {name.split(".")[2] for name in found.weights if name.startswith("head.layers.")}
     if num_head_layers >= len(layers):
         raise ConfigError(
@@ -111,13 +111,3 @@ def classifier_from_pretrained(
         weights = {name.removeprefix(prefix): tensor for name, tensor in found.weights.items() if name.startswith(prefix)}
         load_weights(part, weights, str(checkpoint))
     return classifier
-
-
-def _require_same_pixels(manifest: dict[str, Any], preprocessing: Preprocessing, checkpoint: Path) -> None:
-    """Another mean or std would cost points in silence. The size of crops may change between the stages."""
-    known = manifest.get("preprocessing")
-    if known is None:  # an older checkpoint, which does not say
-        return
-    for name, now in (("mean", preprocessing.mean), ("std", preprocessing.std)):
-        if tuple(known[name]) != now:
-            raise ConfigError(f"data.{name} is {list(now)}, but {checkpoint} was pretrained with {known[name]}; set data.{name} to that")

@@ -2,7 +2,8 @@
 
 Unit of data: one checkpoint. files -> names (`simclr_names.py`) -> network (`simclr_architecture.py`) -> place of the classifier
 (`simclr_classifier.py`) -> weights in torch's order -> `FOLDER/checkpoint` (a classifier, ready to be exported and served) or
-`FOLDER/pretrained` (backbone and projection head, ready to be fine-tuned). A pretrained file whose linear classifier looked on gives both.
+`FOLDER/pretrained` (backbone and projection head, ready to be fine-tuned). A pretrained file whose linear classifier looked on gives both,
+and `taken` says which of them is meant.
 Everything is read and checked before anything is written.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ from teacher_trainer.simclr_weights import classifier_weights, kept_head_layers,
 
 CLASSIFIER_FOLDER = "checkpoint"
 PRETRAINED_FOLDER = "pretrained"
+
+Taken: TypeAlias = Literal["classifier", "pretrained"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ class SimclrFound:
     """Layers of the projection head below the classifier; None without one."""
     num_parameters: int
     """Numbers in the backbone with the moving statistics of batch norm, as the paper's table counts."""
+    taken: Taken
+    """What a run goes on with."""
     ignored: Mapping[str, int]
     """How many tensors of each kind were left out."""
     notes: tuple[str, ...]
@@ -97,6 +102,7 @@ def import_simclr(
     crop_ratio: float = 0.875,
     classifier_after: int | None = None,
     use_ema: bool = False,
+    take: Literal["auto"] | Taken = "auto",
 ) -> SimclrFound:
     """Make a published checkpoint ours.
 
@@ -108,25 +114,34 @@ def import_simclr(
         crop_ratio: see `Preprocessing`; the official evaluation uses 0.875, and 1 for images of 32 pixels.
         classifier_after: layers of the projection head below the classifier (-1: on the head's output), where it is known better.
         use_ema: take the moving averages of the weights in place of the weights.
+        take: what the run goes on with, see `ImportSettings`. With `pretrained` no classifier is written, and no class list is needed.
 
     Raises:
-        CheckpointError: nothing there, damaged, of another network, or with tensors missing or left over, which are listed.
+        CheckpointError: nothing there, damaged, of another network, or with tensors missing or left over, which are listed; or it does not
+            hold what is to be taken.
         ConfigError: a class list of another length, or an image size that the network cannot see.
     """
     checkpoint = open_simclr(path, use_ema)
     preprocessing = validate(Preprocessing, {"image_size": image_size, "crop_ratio": crop_ratio}, origin="preprocessing")
     check_image_size(checkpoint.network, image_size)
-    _check_class_names(checkpoint, class_names)
     step = checkpoint.step()
     purpose = find_purpose(checkpoint, step)
     place = _place(checkpoint, classifier_after, purpose, step)
-    found = _found(checkpoint, purpose, place, step, class_names, use_ema)
+    taken = _taken(checkpoint, purpose, place, take)
+    if taken == "pretrained":
+        place = place if take == "auto" and _names_fit(checkpoint, class_names) else None
+    elif not _names_fit(checkpoint, class_names):
+        raise ConfigError(
+            f"{len(class_names or ())} class names are given, and the classifier in {checkpoint.files.prefix} has {checkpoint.num_classes}"
+            " classes: give one name for each, in the order of the logits"
+        )
+    found = _found(checkpoint, purpose, place, step, class_names, use_ema, taken)
     origin = {"imported_from": f"SimCLR ({found.format})", "checkpoint": checkpoint.files.prefix.name, "step": step, "ema": use_ema}
     # All tensors are read, and their check sums compared, before anything is written.
     contrastive = pretrained_weights(checkpoint) if checkpoint.num_head_layers and purpose is not Purpose.FINE_TUNED else None
     classifier = None if place is None else classifier_weights(checkpoint, place.after)
     if contrastive is not None:
-        save_checkpoint(folder / PRETRAINED_FOLDER, contrastive, _pretrained_manifest(found, origin))
+        save_checkpoint(folder / PRETRAINED_FOLDER, contrastive, _pretrained_manifest(found, preprocessing, origin))
     if classifier is not None and place is not None:
         card = ClassifierCard(
             network=found.network,
@@ -139,13 +154,22 @@ def import_simclr(
     return found
 
 
-def _check_class_names(checkpoint: SimclrCheckpoint, class_names: Sequence[str] | None) -> None:
-    expected = checkpoint.num_classes
-    if class_names is not None and expected is not None and len(class_names) != expected:
-        raise ConfigError(
-            f"{len(class_names)} class names are given, and the classifier in {checkpoint.files.prefix} has {expected} classes: "
-            "give one name for each, in the order of the logits"
+def _names_fit(checkpoint: SimclrCheckpoint, class_names: Sequence[str] | None) -> bool:
+    return class_names is None or checkpoint.num_classes in (None, len(class_names))
+
+
+def _taken(checkpoint: SimclrCheckpoint, purpose: Purpose, place: ClassifierPlace | None, take: Literal["auto"] | Taken) -> Taken:
+    prefix = checkpoint.files.prefix
+    can_be_tuned = bool(checkpoint.num_head_layers) and purpose is not Purpose.FINE_TUNED
+    if take == "classifier" and place is None:
+        raise CheckpointError(f"take: classifier, but {prefix} holds none; leave it out, and fine-tune what is there")
+    if take == "pretrained" and not can_be_tuned:
+        raise CheckpointError(
+            f"take: pretrained, but {prefix} is fine-tuned or has no projection head; leave it out: its classifier is taken"
         )
+    if take != "auto":
+        return take
+    return "pretrained" if place is None or (purpose is Purpose.PRETRAINED and can_be_tuned) else "classifier"
 
 
 def _place(checkpoint: SimclrCheckpoint, given: int | None, purpose: Purpose, step: int | None) -> ClassifierPlace | None:
@@ -167,6 +191,7 @@ def _found(
     step: int | None,
     class_names: Sequence[str] | None,
     use_ema: bool,
+    taken: Taken,
 ) -> SimclrFound:
     ignored = dict(checkpoint.names.ignored)
     if use_ema:
@@ -184,6 +209,7 @@ def _found(
         num_classes=checkpoint.num_classes,
         classifier_after=None if place is None else place.after,
         num_parameters=checkpoint.num_backbone_parameters,
+        taken=taken,
         ignored=ignored,
         notes=tuple(_notes(checkpoint, purpose, place, class_names)),
     )
@@ -191,6 +217,8 @@ def _found(
 
 def _notes(checkpoint: SimclrCheckpoint, purpose: Purpose, place: ClassifierPlace | None, class_names: Sequence[str] | None) -> list[str]:
     """What was concluded, and what the user may want to say differently."""
+    if place is None and checkpoint.num_classes is not None:
+        return [f"its classifier of {checkpoint.num_classes} classes, which looked on in pretraining, is left out"]
     if place is None:
         return ["there is no classifier: fine-tune it" + (", the class list is not used" if class_names is not None else "")]
     notes = [f"the classifier is taken to sit after head layer {place.after} ({place.reason})"]
@@ -205,12 +233,13 @@ def _notes(checkpoint: SimclrCheckpoint, purpose: Purpose, place: ClassifierPlac
     return notes
 
 
-def _pretrained_manifest(found: SimclrFound, origin: dict[str, Any]) -> dict[str, Any]:
+def _pretrained_manifest(found: SimclrFound, preprocessing: Preprocessing, origin: dict[str, Any]) -> dict[str, Any]:
     return {
         "kind": PRETRAINED,
         "network": found.network.model_dump(),
         "num_head_layers": found.num_head_layers,
         "embedding_dim": found.embedding_dim,
+        "preprocessing": preprocessing.model_dump(mode="json"),
         "step": found.step,
         "metrics": {},
         "origin": origin,

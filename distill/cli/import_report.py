@@ -43,7 +43,8 @@ def run_file_lines(result: Result, folder: Path) -> str:
     if 0 < len(names) <= _SHORT_LIST:
         data["class_names"] = list(names)
     kind = {"teacher": "onnx", "classifier": "checkpoint", "pretrained": "checkpoint"}[result["made"]]
-    tree = {"import": {"kind": kind, "path": str(folder)}, "data": data}
+    path = folder / PLACES["pretrained"] if result["made"] == "pretrained" else folder
+    tree = {"import": {"kind": kind, "path": str(path)}, "data": data}
     return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)
 
 

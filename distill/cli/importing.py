@@ -113,10 +113,17 @@ _EMA = click.option("--ema", is_flag=True, help="Take the moving average of the 
     type=int,
     help="Layers of the projection head below the classifier; -1 for all. Default: what the checkpoint shows.",
 )
+@click.option(
+    "--take",
+    type=click.Choice(["auto", "classifier", "pretrained"]),
+    default="auto",
+    show_default=True,
+    help="What a run goes on with where both are there. auto: a classifier that only looked on in pretraining is not the teacher.",
+)
 @_EMA
-def simclr(path: Path, classifier_after: int | None, **options: Any) -> None:
+def simclr(path: Path, classifier_after: int | None, take: str, **options: Any) -> None:
     """Read a checkpoint of the official code, TF1 or TF2, pretrained or fine-tuned: its folder, or a prefix such as model.ckpt-751."""
-    _bring({"kind": "simclr", "path": str(path), "classifier_after": classifier_after}, **options)
+    _bring({"kind": "simclr", "path": str(path), "classifier_after": classifier_after, "take": take}, **options)
 
 
 @click.command("timm", short_help="One of timm's networks (extra `timm`).")

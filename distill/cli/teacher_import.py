@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
-from distill.checkpoint import MANIFEST, PRETRAINED, WEIGHTS, file_sha256, keep_weights, read_manifest
+from distill.checkpoint import MANIFEST, PRETRAINED, WEIGHTS, file_sha256, keep_weights, pretrained_preprocessing, read_manifest
 from distill.class_lists import repeated
 from distill.config import digest_of, validate
-from distill.errors import ConfigError, ParityError
+from distill.errors import CheckpointError, ConfigError, ParityError
 from distill.models.arch_names import arch_name
 from distill.models.saved_classifier import ClassifierCard
 from distill.models.settings import NetworkSettings
 from distill.teacher_info import Preprocessing
 from export.parity_files import FAILED_REPORT_FILE, REPORT_FILE, WORST_FOLDER
-from export.settings import ImportSettings, StatedPreprocessing, TeacherExportSettings, usual_crop_ratio
+from export.settings import ImportSettings, StatedPreprocessing, Take, TeacherExportSettings, usual_crop_ratio
 
 if TYPE_CHECKING:
     from export.label_space import Crops
@@ -75,7 +75,7 @@ def import_into(
         return _simclr(settings, folder, class_names, stated)
     if settings.kind == "onnx":
         return _onnx(settings, folder, _needed(class_names), stated, teacher, sample)
-    if settings.kind == "checkpoint" and (pretrained := _pretrained_in(_named(settings.path))):
+    if settings.kind == "checkpoint" and (pretrained := _pretrained_in(_named(settings.path), settings.take)):
         return _pretrained(pretrained, folder, stated)
     from export.torch_imports import CHECKPOINT, import_checkpoint, import_timm, import_torch
 
@@ -149,7 +149,8 @@ def teacher_digest(settings: ImportSettings) -> str:
     else:
         folders = (path, path / PLACES["classifier"], path / PLACES["pretrained"])
         said = (*(folder / MANIFEST for folder in folders), path / PLACES["teacher"])  # a manifest holds the sha256 of all beside it
-        found = [path] if path.is_file() else [file for file in said if file.is_file()][:1]
+        there = [file for file in said if file.is_file()]
+        found = [path] if path.is_file() else there if settings.take == "pretrained" else there[:1]
     if not found:
         raise ConfigError(f"import.path {path} does not exist, or is a folder without a checkpoint or model.onnx")
     return digest_of({file.name: file_sha256(file) for file in found})
@@ -203,18 +204,23 @@ def _simclr(settings: ImportSettings, folder: Path, class_names: Sequence[str] |
             crop_ratio=seen.crop_ratio,
             classifier_after=settings.classifier_after,
             use_ema=settings.use_ema,
+            take=settings.take,
         )
 
     seen, found = bring(224)
     if stated.image_size is None and found.stem == "cifar":  # known only now
         seen, found = bring(32)
-    made = "classifier" if (folder / CLASSIFIER_FOLDER).is_dir() else "pretrained"
+    made = found.taken
     names = class_names or [str(number) for number in range(found.num_classes or 0)]
-    notes = _class_notes(names)
-    if made == "pretrained":
+    notes = _class_notes(names) if made == "classifier" else []
+    if made == "pretrained" and (folder / CLASSIFIER_FOLDER).is_dir():
+        looked_on = "the classifier that looked on in pretraining. `take: classifier` (--take classifier) makes it the teacher"
+        notes.append(f"fine-tune it with `distill finetune` and the run file's labels; {CLASSIFIER_FOLDER} beside it holds {looked_on}")
+    elif made == "pretrained":
         notes.append(NO_CLASSIFIER)
     elif (folder / PRETRAINED_FOLDER).is_dir():
-        notes.append(f"{PRETRAINED_FOLDER} beside it holds the backbone with the whole projection head, to be fine-tuned")
+        to_tune = "the backbone with the whole projection head; `take: pretrained` (--take pretrained) goes on with that, to be fine-tuned"
+        notes.append(f"{PRETRAINED_FOLDER} beside it holds {to_tune}")
     return {
         "kind": "simclr",
         "made": made,
@@ -227,24 +233,34 @@ def _simclr(settings: ImportSettings, folder: Path, class_names: Sequence[str] |
     }
 
 
-def _pretrained_in(path: Path) -> Path | None:
-    """Folder of the pretrained checkpoint that `path` names: that folder, a stage of another run, or what `distill import simclr` made."""
-    for folder in (path, path / PLACES["classifier"], path / PLACES["pretrained"]):
-        if (folder / MANIFEST).is_file():
-            return folder if read_manifest(folder).get("kind") == PRETRAINED else None
+def _pretrained_in(path: Path, take: Take) -> Path | None:
+    """Folder of the pretrained checkpoint that `path` names: that folder, a stage of another run, or what `distill import simclr` made.
+
+    Raises:
+        CheckpointError: there is none of the kind that is to be taken.
+    """
+    folders = [folder for folder in (path, path / PLACES["classifier"], path / PLACES["pretrained"]) if (folder / MANIFEST).is_file()]
+    pretrained = [folder for folder in folders if read_manifest(folder).get("kind") == PRETRAINED]
+    if take == "pretrained" and not pretrained:
+        raise CheckpointError(f"take: pretrained, but {path} holds no pretrained checkpoint")
+    if take == "classifier" and folders == pretrained:
+        raise CheckpointError(f"take: classifier, but {path} holds none; leave it out, and fine-tune what is there")
+    if take == "pretrained" or (take == "auto" and folders[:1] == pretrained[:1]):
+        return pretrained[0] if pretrained else None
     return None
 
 
 def _pretrained(origin: Path, folder: Path, stated: StatedPreprocessing) -> Result:
     manifest = keep_weights(origin, folder / PLACES["pretrained"])
     network = validate(NetworkSettings, manifest["network"], origin=f"the manifest in {origin}")
+    seen = pretrained_preprocessing(manifest, str(origin))
     return {
         "kind": "checkpoint",
         "made": "pretrained",
         "architecture": arch_name(network),
         "num_parameters": _num_parameters(folder / PLACES["pretrained"]),
         "class_names": [],
-        "preprocessing": stated.over(Preprocessing(image_size=224)).model_dump(mode="json"),
+        "preprocessing": stated.over(seen).replace(mean=seen.mean, std=seen.std).model_dump(mode="json"),
         "notes": [NO_CLASSIFIER],
     }
 

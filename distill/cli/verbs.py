@@ -75,8 +75,9 @@ def finetune(run: Run) -> Result:
         ConfigError: the import brought none.
     """
     (run.imported if run.file.import_ else run.pretrain).require()
-    if run.file.import_ and not run.pretrained.is_dir():
-        raise ConfigError(f"{run.imported.folder} brought no pretrained network to fine-tune; go on with `distill export-teacher`")
+    if run.origin.name == "import":
+        way_out = "go on with `distill export-teacher`, or set import.take=pretrained where the checkpoint has a projection head, too"
+        raise ConfigError(f"{run.imported.folder} brought a teacher that has its classes, nothing to fine-tune; {way_out}")
 
     def work(folder: Path) -> Result:
         from distill.checkpoint import keep_weights

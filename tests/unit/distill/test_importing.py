@@ -136,7 +136,8 @@ class TestKinds:
             ([], "imagenet", {"image_size": 224, "crop_ratio": 0.875}),
             ([], "cifar", {"image_size": 32, "crop_ratio": 1.0}),
             (["--image-size", "48", "--crop-ratio", "0.5"], "cifar", {"image_size": 48, "crop_ratio": 0.5}),
-            (["--classifier-after", "0", "--ema"], "imagenet", {"classifier_after": 0, "use_ema": True}),
+            (["--classifier-after", "0", "--ema"], "imagenet", {"classifier_after": 0, "use_ema": True, "take": "auto"}),
+            (["--take", "classifier"], "imagenet", {"take": "classifier"}),
         ],
     )
     def test_simclr_options_reach_the_reader(
@@ -151,7 +152,9 @@ class TestKinds:
             names = tuple(given["class_names"])
             card = ClassifierCard(network=network, class_names=names, preprocessing=Preprocessing(image_size=given["image_size"]))
             save_classifier(folder / "checkpoint", build_classifier(network, len(names), card.preprocessing), card)
-            return SimpleNamespace(stem=stem, network=network, num_classes=len(names), describe=lambda: "a line\nanother")
+            return SimpleNamespace(
+                stem=stem, network=network, num_classes=len(names), taken="classifier", describe=lambda: "a line\nanother"
+            )
 
         monkeypatch.setattr("teacher_trainer.simclr_import.import_simclr", stand_in)
         out = tmp_path / "teacher"
@@ -168,7 +171,7 @@ class TestKinds:
         said = "\n".join(describe(result, tmp_path))
         assert "classes        none" in said
         assert str(tmp_path / "pretrained") in said
-        assert yaml.safe_load(run_file_lines(result, tmp_path))["import"] == {"kind": "checkpoint", "path": str(tmp_path)}
+        assert yaml.safe_load(run_file_lines(result, tmp_path))["import"] == {"kind": "checkpoint", "path": str(tmp_path / "pretrained")}
 
 
 class TestNothingHalfWritten:
@@ -331,6 +334,10 @@ class TestDigest:
                 (tmp_path / place / "manifest.json").write_text(text)
                 digests.add(teacher_digest(settings))
         assert len(digests) == 4
+        before = teacher_digest(settings.replace(take="pretrained"))
+        (tmp_path / "pretrained" / "manifest.json").write_text("{}")
+        assert teacher_digest(settings) in digests
+        assert teacher_digest(settings.replace(take="pretrained")) != before
 
     def test_simclr_by_all_its_files(self, tmp_path: Path) -> None:
         settings = ImportSettings(kind="simclr", path=str(tmp_path / "model.ckpt-7"))

@@ -6,6 +6,7 @@ The images are never decoded and nothing is trained: a finished stage is its rec
 from __future__ import annotations
 
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ from distill.cli.quickstart import result_table
 from distill.cli.run import Run
 from distill.cli.run_file import RunFile
 from distill.config import validate, with_overrides
-from distill.errors import ConfigError, DistillError, SourceError, StageMissing
+from distill.errors import CheckpointError, ConfigError, DistillError, SourceError, StageMissing
+from distill.models.classifier import build_classifier
+from distill.models.saved_classifier import ClassifierCard, save_classifier
 from distill.models.settings import NetworkSettings
 from distill.stages import Stage
+from distill.teacher_info import Preprocessing
 from teacher_server.address import TeacherAddress
 
 NETWORK = {"name": "resnet", "depth": 10, "width_multiplier": 0.125, "stem": "cifar"}
@@ -67,7 +71,8 @@ def stages_of(run: Run) -> dict[str, str]:
 
 def pretrained_checkpoint(folder: Path, network: NetworkSettings = TEACHER) -> Path:
     weights = {"backbone.weight": torch.zeros(1), "head.layers.0.weight": torch.zeros(1)}
-    save_checkpoint(folder, weights, {"kind": "pretrained", "network": network.model_dump(mode="json")})
+    manifest = {"kind": "pretrained", "network": network.model_dump(mode="json"), "preprocessing": {"image_size": 8}}
+    save_checkpoint(folder, weights, manifest)
     return folder
 
 
@@ -223,9 +228,22 @@ class TestImports:
     def test_a_whole_teacher_is_not_fine_tuned(self, imported: dict[str, Any]) -> None:
         run = run_of(imported)
         finish(run.imported, made="classifier")
-        with pytest.raises(ConfigError, match="brought no pretrained network to fine-tune; go on with `distill export-teacher`"):
+        with pytest.raises(ConfigError, match=r"nothing to fine-tune; go on with `distill export-teacher`, or set import.take=pretrained"):
             verbs.finetune(run)
         assert not run.finetune.folder.exists()
+
+    def test_of_a_classifier_and_a_pretrained_network_the_run_takes_what_it_says(self, imported: dict[str, Any], tmp_path: Path) -> None:
+        card = ClassifierCard(network=TEACHER, class_names=("cat", "dog"), preprocessing=Preprocessing(image_size=8))
+        save_classifier(tmp_path / "other" / "checkpoint", build_classifier(TEACHER, 2, card.preprocessing), card)
+        made = {}
+        for take in ("auto", "classifier", "pretrained"):
+            run = run_of(imported, f"import.take={take}", f"run_dir={tmp_path / take}")
+            made[take] = verbs.import_teacher(run)["made"]
+            assert (run.origin.name == "finetune") == (made[take] == "pretrained")
+        assert made == {"auto": "classifier", "classifier": "classifier", "pretrained": "pretrained"}
+        shutil.rmtree(tmp_path / "other" / "pretrained")
+        with pytest.raises(CheckpointError, match=r"take: pretrained, but .* holds no pretrained checkpoint"):
+            verbs.import_teacher(run_of(imported, "import.take=pretrained", f"run_dir={tmp_path / 'none'}"))
 
     def test_a_graph_needs_a_network_for_its_own_student(self, imported: dict[str, Any]) -> None:
         run = run_of(imported)

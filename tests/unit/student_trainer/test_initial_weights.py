@@ -44,7 +44,8 @@ def pretrained(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     backbone = build_backbone(NETWORK)
     head = ProjectionHead(backbone.feature_dim, num_layers=3, embedding_dim=8)
     weights = {f"{part}.{n}": t for part, module in (("backbone", backbone), ("head", head)) for n, t in module.state_dict().items()}
-    save_checkpoint(tmp_path / "pretrained", weights, {"kind": "pretrained", "network": NETWORK.model_dump(), "num_head_layers": 3})
+    manifest = {"kind": "pretrained", "network": NETWORK.model_dump(), "num_head_layers": 3, "preprocessing": PREPROCESSING.model_dump()}
+    save_checkpoint(tmp_path / "pretrained", weights, manifest)
     return tmp_path / "pretrained", weights
 
 
@@ -79,6 +80,14 @@ def test_a_pretrained_backbone_of_another_network_is_refused_with_both_names(pre
         CheckpointError, match=r"holds resnet 10 \(width_multiplier 0.125, stem cifar\), and the student is resnet 18 \(stem cifar\)$"
     ):
         load_initial_weights(student_of(other), other, CLASSES, pretrained[0])
+
+
+@pytest.mark.parametrize("change", [{"mean": (0.5, 0.4, 0.3)}, {"std": (0.2, 0.2, 0.2)}])
+def test_a_backbone_pretrained_on_other_pixels_is_refused(pretrained: tuple[Path, Any], change: dict[str, Any]) -> None:
+    settings = settings_of()
+    network = build_classifier(settings.network, 3, PREPROCESSING.replace(**change), 0)
+    with pytest.raises(CheckpointError, match=r"data\.(mean|std) is .*student small: .* was pretrained with"):
+        load_initial_weights(network, settings, CLASSES, pretrained[0])
 
 
 def saved(folder: Path, num_head_layers: int = 0, class_names: tuple[str, ...] = CLASSES, **network: Any) -> Classifier:

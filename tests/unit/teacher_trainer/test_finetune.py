@@ -172,7 +172,7 @@ class TestFromPretrained:
     def test_refuses_pixels_normalised_otherwise_than_in_pretraining(
         self, images: Path, checkpoint: Path, name: str, now: tuple[float, ...]
     ) -> None:
-        with pytest.raises(ConfigError, match=rf"data\.{name} is .* was pretrained with .*; set data\.{name} to that"):
+        with pytest.raises(CheckpointError, match=rf"data\.{name} is .* was pretrained with .*; set data\.{name} to that"):
             classifier_from_pretrained(checkpoint, NETWORK, data_of(images, **{name: now}).preprocessing, 1, 2)
 
     def test_refuses_the_last_layer_of_the_head(self, images: Path, checkpoint: Path) -> None:

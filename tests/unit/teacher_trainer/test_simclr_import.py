@@ -244,6 +244,7 @@ def test_tf1_pretrained_with_everything_beside_the_weights(tf: Any, tmp_path: Pa
     assert found.ignored == {"optimiser slots": num_trainable + 2, "EMA copies": len(official.tf1()) - 2, "memory": 2, "counters": 1}
     check_same(official, tmp_path / "out", found)  # the classifier that looked on
     check_pretrained(official, tmp_path / "out", offset=0)
+    assert found.taken == "pretrained"  # such a classifier is no teacher
     import_into(tmp_path / "model.ckpt-250228", tmp_path / "ema", use_ema=True)
     check_pretrained(official, tmp_path / "ema", offset=1)
 
@@ -263,6 +264,33 @@ def check_pretrained(official: Any, folder: Path, offset: int) -> None:
         for name, tensor in module.state_dict().items():
             moved = 0 if "num_batches" in name or name == "layers.2.1.bias" else offset
             torch.testing.assert_close(tensor, expected[name] + moved)
+
+
+def test_a_classifier_that_looked_on_is_in_nobodys_way(tf: Any, tmp_path: Path) -> None:
+    """One's own classes are not those of the classifier beside the pretrained network; asked for, it is the teacher."""
+    official = tf.network(depth=18, classifier_after=0)
+    tf.write_bundle(tmp_path / "m", with_slots(official.tf1(), lambda name: True) | {"global_step": np.array(250_228)})
+    for number, given in enumerate([{"class_names": ["a", "b", "c"]}, {"take": "pretrained"}]):
+        folder = tmp_path / str(number)
+        found = import_into(tmp_path / "m", folder, **given)
+        assert (found.taken, found.classifier_after) == ("pretrained", None)
+        assert f"its classifier of {official.num_classes} classes, which looked on in pretraining, is left out" in found.describe()
+        assert [path.name for path in folder.iterdir()] == ["pretrained"]
+    assert load_checkpoint(folder / "pretrained").manifest["preprocessing"]["mean"] == [0, 0, 0]
+    assert import_into(tmp_path / "m", tmp_path / "taken", take="classifier").taken == "classifier"
+    with pytest.raises(ConfigError, match="3 class names are given"):
+        import_into(tmp_path / "m", tmp_path / "x", take="classifier", class_names=["a", "b", "c"])
+
+
+def test_what_is_to_be_taken_must_be_there(tf: Any, tmp_path: Path) -> None:
+    tuned = with_slots(tf.network(depth=18).tf1(), lambda name: "head_contrastive" not in name) | {"global_step": np.array(751)}
+    tf.write_bundle(tmp_path / "tuned", tuned)
+    with pytest.raises(CheckpointError, match=r"take: pretrained, but .* is fine-tuned"):
+        import_into(tmp_path / "tuned", tmp_path / "x", take="pretrained")
+    tf.write_bundle(tmp_path / "bare", tf.network(depth=18, classifier_after=None).tf1())
+    with pytest.raises(CheckpointError, match=r"take: classifier, but .* holds none"):
+        import_into(tmp_path / "bare", tmp_path / "x", take="classifier")
+    assert not (tmp_path / "x").exists()
 
 
 def test_pretrained_without_a_classifier(tf: Any, tmp_path: Path) -> None:
