@@ -19,6 +19,7 @@ from distill.errors import BadInput, ConfigError, FingerprintMismatch, StageMiss
 from distill.teacher_info import METADATA_KEY, Preprocessing, TeacherInfo
 from distill.wire import LOGITS, SOFT_LABELS
 from export.graph import save_model, strip_descriptions
+from export.large_models import canonical_bytes_of, is_large
 from export.settings import Precision
 
 
@@ -42,6 +43,8 @@ def load_model(path: Path) -> onnx.ModelProto:
 
 def canonical_bytes(model: onnx.ModelProto) -> bytes:
     """What a model computes, as bytes: graph and weights, without metadata, descriptions and the names of the tools that wrote it."""
+    if is_large(model):
+        return canonical_bytes_of(model, strip_descriptions)
     bare = onnx.ModelProto()
     bare.CopyFrom(model)
     strip_descriptions(bare)

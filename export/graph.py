@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,13 +26,13 @@ from torch import Tensor, nn
 
 from distill.errors import ConfigError, DistillError
 from distill.wire import IMAGES, LOGITS, SOFT_LABELS, TEMPERATURE
+from export import large_models
 from export.files import first_line, write_atomically
+from export.large_models import is_large, save_weights
 
 __all__ = ["IMAGES", "LOGITS", "SOFT_LABELS", "TEMPERATURE"]
 
 MAX_BATCH = 4096
-MAX_FILE_BYTES = 2**31 - 2**20
-"""A protobuf message ends at 2 GiB; the rest is left for the graph around the weights."""
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +57,6 @@ def export_teacher_graph(network: nn.Module, image_size: int, path: Path, *, ops
     The network is exported in evaluation mode; its own mode is restored afterwards.
 
     Raises:
-        ConfigError: the weights do not fit into one ONNX file.
         DistillError: the network has something that ONNX cannot say.
     """
     example = (_example_crops(image_size), torch.ones(2, 1))
@@ -64,7 +64,16 @@ def export_teacher_graph(network: nn.Module, image_size: int, path: Path, *, ops
 
 
 def export_student_graph(network: nn.Module, image_size: int, path: Path, *, opset: int = 20) -> None:
-    """Write `network` (uint8 [B,H,W,3] -> logits [B,K]) as the student graph: crops in, logits out. Raises as `export_teacher_graph`."""
+    """Write `network` (uint8 [B,H,W,3] -> logits [B,K]) as the student graph: crops in, logits out.
+
+    Raises:
+        ConfigError: the weights do not fit into one ONNX file.
+        DistillError: the network has something that ONNX cannot say.
+    """
+    size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in [*network.parameters(), *network.buffers()])
+    if size_bytes > large_models.MAX_FILE_BYTES:
+        limit = large_models.MAX_FILE_BYTES
+        raise ConfigError(f"the student has {size_bytes} bytes of weights; one ONNX file holds {limit}: choose a smaller network")
     _export(network, (_example_crops(image_size),), path, [IMAGES], [LOGITS], opset)
 
 
@@ -76,9 +85,6 @@ def _example_crops(image_size: int) -> Tensor:
 
 
 def _export(network: nn.Module, example: tuple[Tensor, ...], path: Path, inputs: list[str], outputs: list[str], opset: int) -> None:
-    size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in [*network.parameters(), *network.buffers()])
-    if size_bytes > MAX_FILE_BYTES:
-        raise ConfigError(f"the network has {size_bytes} bytes of weights; one ONNX file holds {MAX_FILE_BYTES}: choose a smaller network")
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     with evaluating(network), _quiet(), torch.no_grad():
         try:
@@ -137,19 +143,24 @@ def _strip_graph(graph: onnx.GraphProto) -> None:
 def save_model(model: onnx.ModelProto, path: Path) -> None:
     """Check `model` and write it under a temporary name that is then renamed: a crash leaves the old file or the new one.
 
+    Weights that do not fit into one file get a second one beside it (`large_models.py`).
+
     Raises:
-        ConfigError: the model does not fit into one ONNX file.
         DistillError: the ONNX checker refuses the graph.
     """
-    if model.ByteSize() > MAX_FILE_BYTES:
-        raise ConfigError(
-            f"{path.name} would have {model.ByteSize()} bytes; one ONNX file holds {MAX_FILE_BYTES}: choose a smaller network"
-        )
+    large = is_large(model)
+    content = (save_weights(model, path) if large else model).SerializeToString(deterministic=True)
     try:
-        onnx.checker.check_model(model, full_check=True)
+        if large:  # only from a file, which finds its weights beside it
+            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".pending") as file:
+                file.write(content)
+                file.flush()
+                onnx.checker.check_model(file.name, full_check=True)
+        else:
+            onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise DistillError(f"{path.name} would be no valid ONNX model: {first_line(error)}") from error
-    write_atomically(path, model.SerializeToString(deterministic=True))
+    write_atomically(path, content)
 
 
 def device_of(network: nn.Module) -> torch.device:

@@ -26,8 +26,10 @@ from onnxruntime.quantization.calibrate import MinMaxCalibrater
 from distill.errors import DistillError
 from export.calibration import CropReader
 from export.files import first_line
+from export.graph import save_model
 from export.graph_regions import drop_unused_constants, float_tensors, head_and_tail, name_nodes, names_used, subgraphs
 from export.label_space import Crops
+from export.large_models import is_large
 from export.sessions import ORT_ERRORS
 
 LARGEST = float(np.finfo(np.float16).max)
@@ -96,7 +98,7 @@ def to_half_precision(model: onnx.ModelProto, crops_NHWC: Crops, *, keep: Iterab
     Raises:
         DistillError: the graph does not run.
     """
-    plain = onnx.inliner.inline_local_functions(model)
+    plain = inlined(model)
     name_nodes(plain.graph)
     overflowing = tuple(keep) if keep is not None else _overflowing(plain, largest_magnitudes(plain, crops_NHWC))
     kept = {*overflowing, *head_and_tail(plain.graph), *_never_half(plain.graph)}
@@ -108,6 +110,15 @@ def to_half_precision(model: onnx.ModelProto, crops_NHWC: Crops, *, keep: Iterab
     )
 
 
+def inlined(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy without functions of its own."""
+    if model.functions:
+        return onnx.inliner.inline_local_functions(model)
+    plain = onnx.ModelProto()  # the inliner cannot take models over 2 GB
+    plain.CopyFrom(model)
+    return plain
+
+
 def largest_magnitudes(model: onnx.ModelProto, crops_NHWC: Crops) -> dict[str, float]:
     """Tensor -> largest absolute value on these crops; not finite where the tensor was not.
 
@@ -116,9 +127,11 @@ def largest_magnitudes(model: onnx.ModelProto, crops_NHWC: Crops) -> dict[str, f
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        onnx.save(model, path)
+        save_model(model, path)
         try:
-            calibrator = MinMaxCalibrater(path, augmented_model_path=str(Path(folder) / "ranges.onnx"))
+            calibrator = MinMaxCalibrater(
+                path, augmented_model_path=str(Path(folder) / "ranges.onnx"), use_external_data_format=is_large(model)
+            )
             calibrator.augment_graph()
             calibrator.create_inference_session()
             calibrator.collect_data(CropReader(crops_NHWC, model))

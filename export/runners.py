@@ -5,6 +5,7 @@ Unit of data: one batch of crops. Shapes: B crops, H W pixels, K classes.
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -63,7 +64,14 @@ class OnnxRunner:
     @classmethod
     def of_model(cls, model: onnx.ModelProto, name: str, engine: str) -> OnnxRunner:
         """Raises BadInput: ONNX Runtime refuses the model."""
-        return cls(open_session_of(model.SerializeToString(), name), name, engine)
+        from export.large_models import is_large, save_weights  # brings onnx, which TensorRT's engines do without
+
+        if not is_large(model):
+            return cls(open_session_of(model.SerializeToString(), name), name, engine)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            path.write_bytes(save_weights(model, path).SerializeToString())
+            return cls(open_session(path), name, engine)
 
     def __call__(self, crops_BHWC: Crops, temperature_B1: Logits) -> tuple[Logits, Logits | None]:
         """See Runner."""

@@ -2,9 +2,9 @@
 
     network -> fp32 graph -> [top outputs] -> [fp16 or int8] -> parity gate -> fingerprint -> model.onnx -> repository
 
-Unit of data: one teacher folder, with `model.onnx` (the teacher graph, its `TeacherInfo` in the metadata), `parity.json`, which names that
-teacher, and, in `worst/`, the crops that it is worst on. `model.onnx` appears under this name only after it has passed the parity gate; the
-report of a graph that failed is `parity-failed.json`.
+Unit of data: one teacher folder, with `model.onnx` (the teacher graph, its `TeacherInfo` in the metadata; weights over 2 GB in a second
+file), `parity.json`, which names that teacher, and, in `worst/`, the crops that it is worst on. `model.onnx` appears under this name only
+after it has passed the parity gate; the report of a graph that failed is `parity-failed.json`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from export.crop_size import resize_first, travelling, with_resize
 from export.fingerprint import load_model, read_teacher_info, stamp_teacher
 from export.graph import export_teacher_graph, save_model
 from export.label_space import Crops
+from export.large_models import sweep_weights
 from export.parity import Reference, require_parity, torch_reference
 from export.settings import TeacherExportSettings
 from export.teacher_precision import found_precision, set_precision, split_crops
@@ -130,3 +131,4 @@ def unchecked_model(folder: Path) -> Iterator[Path]:
         yield path
     finally:
         path.unlink(missing_ok=True)
+        sweep_weights(folder)

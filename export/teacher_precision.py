@@ -20,6 +20,7 @@ from export.graph import save_model
 from export.graph_regions import opset_of
 from export.half_precision import HalfPrecision, to_half_precision
 from export.label_space import Crops, Logits
+from export.large_models import is_large
 from export.parity import ParityReport, Reference, check_parity
 from export.quantize import Quantizer, int8_weight_share
 from export.runners import OnnxRunner
@@ -71,12 +72,15 @@ def set_precision(path: Path, crops_NHWC: Crops, settings: TeacherExportSettings
 
     Raises:
         DistillError: the graph does not run, or cannot be quantised.
+        ConfigError: int8 of a graph with more than 2 GB of weights, which ONNX Runtime's quantiser does not take.
     """
     half = weight_bits = None
     if settings.precision == "fp16":
         half = to_half_precision(load_model(path), crops_NHWC)
         save_model(half.model, path)
     elif settings.precision == "int8":
+        if is_large(load_model(path)):
+            raise ConfigError("teacher.precision: int8 is for graphs of up to 2 GB in fp32, and this one is larger; set fp16 or fp32")
         save_model(at_least_opset(load_model(path), PER_CHANNEL_OPSET, "teacher.precision: int8"), path)
         weight_bits = _to_int8(path, crops_NHWC, settings)
     return PreciseTeacher(path, settings, opset_of(load_model(path)), half, weight_bits)

@@ -101,7 +101,7 @@ def build_plan(source: Path, options: BuildOptions) -> bytes:
     builder = trt.Builder(trt.Logger(trt.Logger.WARNING))
     network = builder.create_network(network_flags(trt, options.precision))
     parser = trt.OnnxParser(network, trt.Logger(trt.Logger.WARNING))
-    if not parser.parse(source.read_bytes()):
+    if not parser.parse(source.read_bytes(), str(source)):  # the path: large models have a second file beside it
         errors = [str(parser.get_error(number)) for number in range(parser.num_errors)]
         raise DistillError(f"TensorRT {trt.__version__} cannot read {source}: {errors[0] if errors else 'it does not say why'}")
     config = builder_config(trt, builder, options)

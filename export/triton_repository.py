@@ -29,6 +29,7 @@ from distill.wire import IMAGES, LOGITS, SOFT_LABELS, TEMPERATURE, TOP_IDS, TOP_
 from export.acceleration import accelerate
 from export.files import write_atomically
 from export.fingerprint import read_teacher_info, write_teacher_info
+from export.large_models import sweep_weights
 from export.parity_files import REPORT_FILE, report_of
 from export.settings import RepositorySettings
 
@@ -242,6 +243,7 @@ def put_version(model: Path, info: TeacherInfo, folder: Path) -> None:
     if folder.exists():
         (folder / REPORT_FILE).unlink(missing_ok=True)  # it is about the old file
         write_teacher_info(model, info, folder / "model.onnx")
+        sweep_weights(folder)
         _copy_parity(model, info, folder)
         return
     pending = folder.with_name(f".{folder.name}.{os.getpid()}.pending")

@@ -30,6 +30,7 @@ from export.foreign_model import ImageInput, check_opset, find_image_input, find
 from export.graph import IMAGES, LOGITS, SOFT_LABELS, TEMPERATURE, save_model, strip_descriptions
 from export.graph_regions import opset_of
 from export.label_space import Crops, Logits
+from export.large_models import is_large
 from export.sessions import ORT_ERRORS, open_session_of, short
 from export.simplify import at_least_opset, simplify
 
@@ -61,6 +62,10 @@ def wrap_classifier(
         ConfigError: the model has another form, gives probabilities, or works for one batch size only.
     """
     model = load_model(source)
+    if is_large(model):
+        raise ConfigError(
+            f"{source.name} has more than 2 GB of weights, which cannot be wrapped; bring the network as a state dict or by timm"
+        )
     check_opset(model, source)
     size = input_size or preprocessing.image_size
     if size > preprocessing.image_size:

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from distill.errors import ConfigError, DistillError
-from export import graph
-from export.graph import export_student_graph, export_teacher_graph
+from export import large_models
+from export.graph import export_student_graph
 
 
 def test_mixed_temperatures_in_one_batch_equal_softmax_in_float64(teacher_model: Path, crops) -> None:
@@ -71,10 +71,10 @@ def test_the_file_holds_no_paths_and_one_file_only(teacher_model: Path) -> None:
     assert {path.name for path in teacher_model.parent.iterdir()} == {"model.onnx"}
 
 
-def test_weights_beyond_one_onnx_file_are_refused(network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph, "MAX_FILE_BYTES", 1000)
+def test_a_student_beyond_one_onnx_file_is_refused(network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(large_models, "MAX_FILE_BYTES", 1000)
     with pytest.raises(ConfigError, match=r"bytes of weights; one ONNX file holds 1000"):
-        export_teacher_graph(network, 16, tmp_path / "model.onnx")
+        export_student_graph(network, 16, tmp_path / "model.onnx")
 
 
 def test_a_network_that_onnx_cannot_say_is_named_in_one_line(tmp_path: Path) -> None:

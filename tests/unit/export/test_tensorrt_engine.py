@@ -172,8 +172,8 @@ def build_with(monkeypatch: pytest.MonkeyPatch, parses: bool, plan: bytes | None
             answers = {"serialize": b"measured", "build_serialized_network": plan}
             return lambda *arguments, **named: answers.get(name, self)
 
-    def parse(content: bytes) -> bool:
-        assert content == b"graph"
+    def parse(content: bytes, path: str) -> bool:
+        assert (content, path) == (b"graph", str(source))
         return parses
 
     parser = SimpleNamespace(parse=parse, num_errors=1, get_error=lambda number: "In node 3: no such thing")
