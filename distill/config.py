@@ -143,7 +143,7 @@ def _complaint(kind: type[Section], detail: ErrorDetails) -> str:
         given = detail["input"]
         value = f" (given: {given!r})" if isinstance(given, (str, int, float, bool, type(None))) else ""
         message = detail["msg"].removeprefix("Value error, ")  # pydantic's word for what our own validators say
-        return f"{where}: {message}{value}"
+        return f"{where}: {message}{value}" if where else f"{message}{value}"
     known = _known_keys(kind, detail["loc"][:-1])
     near = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(sorted(known))}"

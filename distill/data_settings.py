@@ -40,7 +40,8 @@ class DataSettings(Section):
     """Share of `labelled` whose labels are used: that share of every class, drawn by the seed, so the classes keep their proportions."""
     labelled_ids: str | None = None
     """Instead of a fraction: a text file with the image ids of `labelled` whose labels are used, one a line; `#` begins a comment line. The
-    ids are those of `rejected.jsonl`: the path inside a folder, shard and key, or Parquet's id column."""
+    ids are those of `rejected.jsonl`: the path inside a folder, shard and key, or Parquet's id column. A file name without its folder
+    will do where only one image is called so."""
     class_names: list[str] | None = None
     """Names of the classes in the order of their ids. Default: folder names, or `class_names.txt` beside the shards."""
     image_size: int = Field(default=224, ge=8, le=1024)

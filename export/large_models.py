@@ -1,7 +1,7 @@
 """Models whose weights do not fit into one ONNX file: a protobuf message ends at 2 GiB, and the paper's largest teacher has 3.4 GB.
 
-    model.onnx               graph, and of every large tensor where it lies
-    model-3f2a91c0.weights   the tensors, one after the other (ONNX's external data), named by what is in it
+    model.onnx                 graph, and of every large tensor where it lies
+    2c6d6993df914d36.weights   the tensors, one after the other (ONNX's external data), named by what is in it
 
 The file of weights is written first and has a name of its own, so a crash leaves the old model with its weights or the new one with its
 own. Unit of data: one model.
@@ -71,7 +71,7 @@ def save_weights(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
             light = without_weights(model, place)
             file.flush()
             os.fsync(file.fileno())
-        name = f"{path.stem}-{digest.hexdigest()[:16]}{SUFFIX}"
+        name = f"{digest.hexdigest()[:16]}{SUFFIX}"
         pending.replace(path.with_name(name))
     finally:
         pending.unlink(missing_ok=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Self
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from distill.cluster.settings import RaySettings
 from distill.config import Section, load_run_file
@@ -51,6 +52,19 @@ class RunFile(Section):
     """Who else may watch the students being trained."""
     edge: StudentExportSettings = StudentExportSettings()
     """Export of the students."""
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> Self:
+        """What a worker would find out otherwise, after all of pretraining."""
+        if self.import_ is not None:
+            return self
+        if self.pretrain.network.name != "resnet":
+            raise ValueError(f"pretrain.network.name {self.pretrain.network.name!r}: only our own networks (resnet) are pretrained")
+        kept, layers = self.finetune.kept_head_layers, self.pretrain.num_head_layers
+        if kept >= layers:
+            why = "the last layer of the head makes the embedding"
+            raise ValueError(f"finetune.num_head_layers {kept} must be below pretrain.num_head_layers {layers}: {why}")
+        return self
 
 
 def read_run_file(path: Path, overrides: list[str]) -> RunFile:

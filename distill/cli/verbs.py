@@ -60,9 +60,11 @@ def pretrain(run: Run) -> Result:
 
     def check() -> None:
         from distill.image_sets import open_unlabelled
+        from distill.models.classifier import check_image_size
         from teacher_trainer.pretrain_job import check_job
 
         check_job(run.file.pretrain, open_unlabelled(run.file.data), run.file.ray.num_workers)
+        check_image_size(run.file.pretrain.network, run.file.data.image_size)
 
     return _once(run.pretrain, work, check)
 
@@ -107,8 +109,10 @@ def finetune(run: Run) -> Result:
 
     def check() -> None:
         from distill.image_sets import choose_labelled, open_labelled
+        from distill.models.classifier import check_image_size
 
         choose_labelled(open_labelled(run.file.data.labelled, run.file.data), run.file.data, run.file.seed)
+        check_image_size(run.backbone, run.file.data.image_size)
 
     return _once(run.finetune, work, check)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from distill.errors import ConfigError
 from distill.models.imported_network import create_imported
 from distill.models.projection_head import ProjectionHead
-from distill.models.resnet import ResNet, total_stride
+from distill.models.resnet import ResNet
 from distill.models.settings import NetworkSettings
 from distill.teacher_info import Preprocessing
 
@@ -85,10 +85,10 @@ def check_image_size(network: NetworkSettings, image_size: int) -> None:
     Raises:
         ConfigError: the crops are smaller than the network's total stride.
     """
-    stride = total_stride(network.stem)
-    if network.name == "resnet" and image_size < stride:
+    if network.name == "resnet" and image_size < network.total_stride:
         raise ConfigError(
-            f"image_size {image_size} is smaller than the network's total stride {stride}; use larger crops or stem: cifar (total stride 8)"
+            f"image_size {image_size} is smaller than the network's total stride {network.total_stride};"
+            " use larger crops or stem: cifar (total stride 8)"
         )
 
 

@@ -230,8 +230,3 @@ class ResNet(nn.Module):
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """float [B,3,H,W], normalised -> [B,D]."""
         return self.groups(self.stem(images_BCHW)).mean(dim=(2, 3))
-
-
-def total_stride(stem: Stem) -> int:
-    """How many input pixels one pixel of the last feature map steps over; smaller images are refused."""
-    return 32 if stem == "imagenet" else 8

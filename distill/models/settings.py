@@ -31,6 +31,11 @@ class NetworkSettings(Section):
     stem: Literal["imagenet", "cifar"] = "imagenet"
     """`cifar` for small images: a 3x3 convolution of stride 1 and no pool."""
 
+    @property
+    def total_stride(self) -> int:
+        """How many input pixels one pixel of the last feature map of our ResNet steps over; smaller images are refused."""
+        return 32 if self.stem == "imagenet" else 8
+
     @field_validator("depth")
     @classmethod
     def _known_depth(cls, depth: int) -> int:

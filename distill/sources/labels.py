@@ -74,7 +74,7 @@ def labelled_subset(labels: Mapping[str, int], fraction: float, seed: int, class
 
 
 def listed_subset(labels: Mapping[str, int], path: Path, class_names: Sequence[str] | None = None) -> list[str]:
-    """The ids that a text file lists, each once; see `read_ids`.
+    """The ids that a text file lists, each once; see `read_ids`. A file name alone stands for the one image that is called so.
 
     Args:
         labels: image_id -> class id of the whole set.
@@ -87,7 +87,7 @@ def listed_subset(labels: Mapping[str, int], path: Path, class_names: Sequence[s
     Raises:
         SourceError: no such file, ids that are not in the set (the first few are named), or a class of the set left without an image.
     """
-    listed = read_ids(path)
+    listed = _with_folders(read_ids(path), labels)
     unknown = sorted(listed - labels.keys())
     if unknown:
         first, more = ", ".join(map(repr, unknown[:3])), ", ..." if len(unknown) > 3 else ""
@@ -100,6 +100,19 @@ def listed_subset(labels: Mapping[str, int], path: Path, class_names: Sequence[s
         names = ", ".join(_name(label, class_names) for label in empty[:3]) + (", ..." if len(empty) > 3 else "")
         raise SourceError(f"{path} lists no image of {names}; list at least one of every class")
     return sorted(listed)
+
+
+def _with_folders(listed: set[str], labels: Mapping[str, int]) -> set[str]:
+    """Bare file names, as the authors' own lists have them, become the ids of the images that are called so, where that is one image."""
+    bare = {name for name in listed if name not in labels and "/" not in name}
+    if not bare:
+        return listed
+    found: dict[str, list[str]] = {}
+    for image_id in labels:
+        name = image_id.rpartition("/")[2]
+        if name in bare:
+            found.setdefault(name, []).append(image_id)
+    return {found[name][0] if len(found.get(name, ())) == 1 else name for name in listed}
 
 
 def read_ids(path: Path) -> set[str]:

@@ -66,6 +66,16 @@ class TestList:
         data = data_of(images, labelled_ids=str(path))
         assert ids_in(data) == ids_in(data, seed=5) == ["cat/07.png", "cat/29.png", "dog/03.png"]
 
+    def test_a_file_name_alone_where_it_says_enough(self, images: Path, tmp_path: Path) -> None:
+        """As in the authors' lists for ImageNet. Both classes have an 07.png: that name says nothing."""
+        (images / "dog" / "n02_9.png").write_bytes((images / "dog" / "03.png").read_bytes())
+        path = tmp_path / "l.txt"
+        path.write_text("n02_9.png\ncat/07.png\n")
+        assert ids_in(data_of(images, labelled_ids=str(path))) == ["cat/07.png", "dog/n02_9.png"]
+        path.write_text("n02_9.png\n07.png\n")
+        with pytest.raises(SourceError, match=r"1 of the 2 ids listed in .* are not among the labelled images: '07\.png'"):
+            ids_in(data_of(images, labelled_ids=str(path)))
+
     def test_the_digest_names_the_choice(self, images: Path, tmp_path: Path) -> None:
         digests = set()
         for number, text in enumerate(["cat/00.png\ndog/00.png", "dog/00.png\ncat/00.png", "cat/00.png\ndog/01.png"]):

@@ -17,7 +17,7 @@ from distill.config import validate
 from distill.errors import CheckpointError, ConfigError
 from distill.models.classifier import Classifier, build_backbone, build_classifier, check_image_size
 from distill.models.projection_head import ProjectionHead, unit_length
-from distill.models.resnet import BLOCKS_PER_GROUP, ResNet, SamePadMaxPool, SelectiveKernel, ShortcutPool, conv, shortcut, total_stride
+from distill.models.resnet import BLOCKS_PER_GROUP, ResNet, SamePadMaxPool, SelectiveKernel, ShortcutPool, conv, shortcut
 from distill.models.saved_classifier import ClassifierCard, load_classifier, save_classifier
 from distill.models.settings import DEPTHS, NetworkSettings
 from distill.teacher_info import Preprocessing
@@ -257,7 +257,7 @@ class TestClassifier:
     @pytest.mark.parametrize(("stem", "stride"), [("imagenet", 32), ("cifar", 8)])
     def test_image_smaller_than_the_stride(self, stem: str, stride: int) -> None:
         network = TINY.replace(stem=stem)
-        assert total_stride(network.stem) == stride
+        assert network.total_stride == stride
         with pytest.raises(ConfigError, match=f"image_size {stride - 1} is smaller than the network's total stride {stride}"):
             build_classifier(network, 2, Preprocessing(image_size=stride - 1))
         check_image_size(network, stride)

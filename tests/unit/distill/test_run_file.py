@@ -91,6 +91,23 @@ class TestRunFile:
         assert said in str(caught.value)
         assert "\n" not in str(caught.value)
 
+    @pytest.mark.parametrize(
+        ("overrides", "said"),
+        [
+            (["finetune.num_head_layers=3"], "finetune.num_head_layers 3 must be below pretrain.num_head_layers 3: the last layer"),
+            (
+                ["pretrain.network.name=timm:resnet18"],
+                "pretrain.network.name 'timm:resnet18': only our own networks (resnet) are pretrained",
+            ),
+        ],
+    )
+    def test_stages_that_do_not_fit_each_other(self, tmp_path: Path, overrides: list[str], said: str) -> None:
+        """Each alone is right; a worker would find out, the first of them after all of pretraining."""
+        with pytest.raises(ConfigError) as caught:
+            read_run_file(write(tmp_path / "run.yaml", SMALLEST), overrides)
+        assert f"run.yaml: {said}" in str(caught.value)
+        read_run_file(write(tmp_path / "run.yaml", {**SMALLEST, "import": {"kind": "onnx", "path": "x"}}), overrides)
+
     def test_two_students_of_one_name(self, tmp_path: Path) -> None:
         tree = {**SMALLEST, "train": {"students": 2 * SMALLEST["train"]["students"]}}
         with pytest.raises(ConfigError, match="every student needs a name of its own"):
