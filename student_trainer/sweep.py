@@ -47,19 +47,22 @@ def _changed(base: StudentSettings, name: str, point: dict[str, Any]) -> Student
     return validate(StudentSettings, {**with_overrides(tree, words), "name": name}, origin=f"sweep.grid on student {base.name}")
 
 
-def ranking(chosen: dict[str, dict[str, Any]], result: dict[str, Any]) -> list[dict[str, Any]]:
+def ranking(chosen: dict[str, dict[str, Any]], result: dict[str, Any], costs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """One row for each student, the best first: plain data.
 
     Args:
         chosen: see `expanded`.
         result: of `train_students`.
+        costs: student -> `latency_ms` and `size_bytes` of its file, as far as they are known.
 
     Returns:
         `student`, `settings` (of the grid), `rung` (how many it passed), `score` (its last on held-out crops; None without one), `ended`
-        (why before the others, or None) and `num_parameters`.
+        (why before the others, or None), `num_parameters`, `top1` (on the test images; None for one that ended before the others),
+        `latency_ms` and `size_bytes` (None where they are not known).
     """
     rungs: list[dict[str, Any]] = result["selection"]["rungs"]
     final: dict[str, float | None] = result["selection"]["final"]
+    top1: dict[str, float] = result["epochs"][-1]["top1"] if result["epochs"] else {}
     rows = []
     for name, settings in chosen.items():
         scores = [scores[name] for scores in (*(rung["scores"] for rung in rungs), final) if name in scores]
@@ -72,6 +75,9 @@ def ranking(chosen: dict[str, dict[str, Any]], result: dict[str, Any]) -> list[d
                 "score": scores[-1] if scores else None,
                 "ended": f"{stopped['why']} at step {stopped['step']}" if stopped else None,
                 "num_parameters": result["num_parameters"][name],
+                "top1": None if stopped else top1.get(name),
+                "latency_ms": costs.get(name, {}).get("latency_ms"),
+                "size_bytes": costs.get(name, {}).get("size_bytes"),
             }
         )
     return sorted(rows, key=lambda row: (-row["rung"], row["ended"] is not None, row["score"] is None, -(row["score"] or 0.0)))

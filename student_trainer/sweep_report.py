@@ -15,6 +15,8 @@ from student_trainer import comparison_plots, plots
 from student_trainer.comparison import Cost, costs_of
 from student_trainer.report import write_page
 
+COSTS = (("latency_ms", 1, "median latency of one crop, one thread, ms"), ("size_bytes", 1000, "size of the ONNX fp32 file, kB"))
+
 
 def write_sweep(path: Path, run_name: str, result: dict[str, Any], history: dict[str, Any]) -> Path:
     """Write the page at `path`.
@@ -25,11 +27,11 @@ def write_sweep(path: Path, run_name: str, result: dict[str, Any], history: dict
     """
     ranking, costs, points = result["ranking"], costs_of(result), history["points"]
     best = [row["student"] for row in ranking[: plots.MOST_LINES]]
-    scored = [row for row in ranking if row["score"] is not None]
+    finished = [row for row in ranking if row["top1"] is not None and row["latency_ms"] is not None]
     content = {
         "title": f"Sweep of {run_name}: {len(ranking)} students on one stream of labels",
         "rows": [_row(row, costs.get(row["student"])) for row in ranking],
-        "sizes": _sizes(scored) if scored else "",
+        "tradeoffs": _tradeoffs(finished) if finished else "",
         "curves": plots.curves(best, {"distilled": result["epochs"]}, points) if points else "",
         "most_lines": plots.MOST_LINES,
     }
@@ -43,6 +45,9 @@ def _row(row: dict[str, Any], cost: Cost | None) -> dict[str, str]:
         "settings": ", ".join(f"{field.rpartition('.')[2]} {value}" for field, value in row["settings"].items()),
         "rung": str(row["rung"]),
         "score": "" if row["score"] is None else f"{row['score']:.4f}",
+        "top1": "" if row["top1"] is None else f"{row['top1']:.1%}",
+        "latency": "" if row["latency_ms"] is None else f"{row['latency_ms']:.3g} ms",
+        "size": "" if row["size_bytes"] is None else f"{row['size_bytes'] / 1000:,.0f} kB",
         "parameters": f"{row['num_parameters']:,}",
         "images": "" if cost is None else f"{cost.images:,.0f}",
         "stream_share": "" if cost is None else f"{cost.stream_share:.0%}",
@@ -51,13 +56,14 @@ def _row(row: dict[str, Any], cost: Cost | None) -> dict[str, str]:
     }
 
 
-def _sizes(scored: list[dict[str, Any]]) -> str:
-    """Score against size; hollow ones ended before the others, whose later scores they cannot be measured against."""
+def _tradeoffs(finished: list[dict[str, Any]]) -> str:
+    """Accuracy against latency and against size, of those that were trained to the end."""
 
     def paint(figure: Figure) -> None:
-        axes = figure.subplots()
-        places = [(row["student"], row["num_parameters"], row["score"], row["ended"] is None) for row in scored]
-        comparison_plots.mark_front(axes, places)
-        axes.set(xlabel="parameters", ylabel="score on held-out crops")
+        panels = figure.subplots(1, 2, sharey=True)
+        for axes, (field, unit, title) in zip(panels, COSTS, strict=True):
+            comparison_plots.mark_front(axes, [(row["student"], row[field] / unit, 100 * row["top1"], True) for row in finished])
+            axes.set(xlabel=title)
+        panels[0].set_ylabel("top-1 on the test images, %")
 
-    return plots.draw(paint, width=9.0, height=3.6)
+    return plots.draw(paint, width=9.0, height=3.8)

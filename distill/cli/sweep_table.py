@@ -16,11 +16,14 @@ def sweep_table(rows: list[dict[str, Any]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, caption=f"and {left_out} more, in sweep/stage.json" if left_out > 0 else None)
     for title in ("student", "settings"):
         table.add_column(title, overflow="fold")
-    for title in ("rung", "score", "parameters"):
+    for title in ("rung", "score", "top-1", "latency", "parameters"):
         table.add_column(title, justify="right")
     table.add_column("ended")
     for row in rows[:MOST_ROWS]:
         settings = ", ".join(f"{field}={value}" for field, value in row["settings"].items())
         score = "" if row["score"] is None else f"{row['score']:.4f}"
-        table.add_row(row["student"], settings, str(row["rung"]), score, f"{row['num_parameters']:,}", row["ended"] or "at the end")
+        top1 = "" if row["top1"] is None else f"{row['top1']:.1%}"
+        latency = "" if row["latency_ms"] is None else f"{row['latency_ms']:.3g} ms"
+        parameters = f"{row['num_parameters']:,}"
+        table.add_row(row["student"], settings, str(row["rung"]), score, top1, latency, parameters, row["ended"] or "at the end")
     return table

@@ -279,8 +279,12 @@ def sweep(run: Run, teacher: TeacherAddress) -> Result:
     job = run.distill_job(teacher, run.teacher, training)
 
     def work(folder: Path) -> Result:
+        from export.student_costs import measure_costs
+
         result = _train(run, job, folder, "sweep")
-        return {**result, "ranking": ranking(chosen, result)}
+        made = {name: folder / "students" / name for name in chosen if result["stopped"].get(name, {}).get("why") != "diverged"}
+        costs = measure_costs(made, run.file.data.image_size)
+        return {**result, "ranking": ranking(chosen, result, {name: cost.model_dump() for name, cost in costs.items()})}
 
     result = _once(run.sweep, work)
     console.print(sweep_table(result["ranking"]))

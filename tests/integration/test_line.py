@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import tarfile
 import time
@@ -79,6 +80,47 @@ def test_labelling_ahead_asks_for_nothing_that_is_there(finished: tuple[Line, st
     assert f"store: {NUM_IMAGES} labels" in line.done("label")
     assert segments(line) == before
     assert line.processes() == {}
+
+
+def test_two_labelling_jobs_at_once_of_which_one_is_killed(
+    finished: tuple[Line, str], tmp_path: Path, wait_until: Callable[..., Any], kept_by: Callable[[Line], Any]
+) -> None:
+    """Two whole commands, each with its own Ray and its own teacher, on one empty store: every label once."""
+    views = 5
+    lines = [finished[0].copy(tmp_path / name, f"train.num_views={views}", f"store.path={tmp_path / 'store'}") for name in "ab"]
+    processes = [line.start("label") for line in lines]
+    wait_until(lambda: list((tmp_path / "store").glob("*/view-*/*.parquet")), processes[0])
+    lines[1].kill()
+    out, err = processes[0].communicate(timeout=300)
+    assert processes[0].returncode == 0, err[-3000:]
+    assert f"store: {views * NUM_IMAGES} labels" in out
+    run = lines[0].folder
+    shutil.rmtree(run / "store")
+    (tmp_path / "store").rename(run / "store")
+    labels = kept_by(lines[0]).labels
+    assert len(labels) == views * NUM_IMAGES
+    assert set(labels.values()) == {1}
+
+
+def test_a_sweep_to_its_page(finished: tuple[Line, str], tmp_path: Path) -> None:
+    line = finished[0].copy(tmp_path / "run")
+    grid = "sweep={grid: {network.width_multiplier: [0.0625, 0.125], optimizer.learning_rate: [0.1, 0.01]}, epochs: 2}"
+    said = line.done("sweep", grid, "train.students=[{name: s, network: {depth: 10, stem: cifar}}]", "train.held_out_images=100")
+    page = line.folder / "report" / "sweep.html"
+    assert str(page) in said
+    rows = stage_result(line, "sweep")["ranking"]
+    assert sorted(row["student"] for row in rows) == ["s.1", "s.2", "s.3", "s.4"]
+    ended = [row["ended"] for row in rows]
+    assert None in ended
+    assert any(why and why.startswith("halving") for why in ended)
+    for row in rows:
+        assert row["latency_ms"] > 0
+        assert row["size_bytes"] > 10_000
+        assert (row["top1"] is None) == (row["ended"] is not None)
+    text = page.read_text()
+    assert all(row["student"] in text for row in rows)
+    assert "top-1 on the test images" in text
+    assert stage_result(line, "sweep")["totals"]["asked"] <= 100, "of the held-out crops; all others are in the store"
 
 
 def test_ctrl_c_in_the_middle_of_training_leaves_nothing(

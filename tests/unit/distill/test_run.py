@@ -301,7 +301,7 @@ def test_the_table_names_both_teachers() -> None:
     [
         ("pretrain", "pretrain.global_batch=9", "pretrain.global_batch 9 is larger than the 8 images"),
         ("finetune", "data.label_fraction=0.01", "fraction 0.01 of the 4 images of class"),
-        ("pretrain", "pretrain.network.stem=imagenet", "image_size 8 is smaller than the network's total stride 32"),
+        ("pretrain", "pretrain.network.depth=101", "image_size 8 is smaller than the network's total stride 32"),
     ],
 )
 def test_bad_input_is_refused_before_what_is_finished_moves(tree: dict[str, Any], verb: str, override: str, said: str) -> None:

@@ -325,14 +325,15 @@ def test_the_same_numbers_give_the_same_page(tmp_path: Path, gathered: dict[str,
 def test_a_sweep_has_all_its_students_on_one_page(tmp_path: Path, gathered: dict[str, Any]) -> None:
     best = {"student": "small.1", "settings": {"optimizer.learning_rate": 0.1}, "rung": 1, "score": 0.75, "ended": None}
     worst = {"student": "small.2", "settings": {"optimizer.learning_rate": 9.0}, "rung": 0, "score": None, "ended": "diverged at step 12"}
-    rows = [{**row, "num_parameters": 900} for row in (best, worst)]
+    costs = [{"top1": 0.625, "latency_ms": 0.1234, "size_bytes": 325_000}, {"top1": None, "latency_ms": None, "size_bytes": None}]
+    rows = [{**row, **cost, "num_parameters": 900} for row, cost in zip((best, worst), costs, strict=True)]
     totals = {**gathered["stages"]["train"]["totals"], "images of small.1": 3000.0, "seconds of small.1": 9.5}
     epochs = [{"epoch": 1, "step": 40, "top1": {"small.1": 0.5}}]
     points = [{"step": step, "losses": {"small.1": 2.0}, "agreement": {"small.1": 0.5}} for step in (1, 2)]
     result = {**gathered["stages"]["train"], "ranking": rows, "totals": totals, "epochs": epochs}
     page = Page(write_sweep(tmp_path / "new" / "sweep.html", "example", result, {"points": points}).read_text(encoding="utf-8"))
     assert "Sweep of example: 2 students" in page.words
-    assert re.search(r"small.1 learning_rate 0.1 1 0.7500 900 3,000 43% 9.5 s at the end", page.words)
+    assert re.search(r"small.1 learning_rate 0.1 1 0.7500 62.5% 0.123 ms 325 kB 900 3,000 43% 9.5 s at the end", page.words)
     assert re.search(r"small.2 learning_rate 9.0 0 900 diverged at step 12", page.words)
     assert page.tags.count("svg") == 2
 

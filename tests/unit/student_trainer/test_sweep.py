@@ -72,23 +72,26 @@ RESULT = {
         "final": {"b": 0.6},
     },
     "num_parameters": {"a": 1000, "b": 2000, "c": 3000, "d": 4000},
+    "epochs": [{"top1": {"a": 0.5, "b": 0.4}}, {"top1": {"a": 0.55, "b": 0.7}}],
 }
 
 
 def test_ranking() -> None:
     chosen = {name: {"ema_decay": number} for number, name in enumerate("dcab")}
-    rows = ranking(chosen, RESULT)
+    rows = ranking(chosen, RESULT, {"a": {"latency_ms": 1.5, "size_bytes": 4000}})
     assert [(row["student"], row["rung"], row["score"], row["ended"]) for row in rows] == [
         ("b", 2, 0.6, None),
         ("a", 1, 0.4, "halving at step 30"),
         ("c", 0, 0.1, "halving at step 10"),
         ("d", 0, None, "diverged at step 3"),
     ]
+    assert [(row["top1"], row["latency_ms"], row["size_bytes"]) for row in rows[:2]] == [(0.7, None, None), (None, 1.5, 4000)]
     assert (rows[0]["settings"], rows[0]["num_parameters"]) == ({"ema_decay": 3}, 2000)
 
 
 def test_the_table_says_what_it_leaves_out() -> None:
     row = {"student": "a.1", "settings": {"ema_decay": 0.9}, "rung": 1, "score": None, "ended": None, "num_parameters": 12345}
+    row |= {"top1": None, "latency_ms": 0.25, "size_bytes": 50_000}
     assert sweep_table([row]).caption is None
     table = sweep_table([row] * (MOST_ROWS + 3))
     assert (table.row_count, table.caption) == (MOST_ROWS, "and 3 more, in sweep/stage.json")
