@@ -43,17 +43,22 @@ def main() -> None:
 @click.option("--seeds", type=int, multiple=True, default=(0,), show_default=True, help="Give it several times for several seeds.")
 @click.option("--arm", "only", help="Only the arms whose name holds these words.", default="")
 @click.option(
+    "--fraction", "fractions", type=click.Choice(FRACTIONS), multiple=True, default=FRACTIONS, show_default=True, help="Of labels."
+)
+@click.option(
     "--threads", type=int, default=0, help="Threads of torch; 1 where the cores are shared with something else. 0: as many as cores."
 )
 @click.option("--minutes", type=float, default=120, show_default=True, help="No arm is begun after this time.")
-def run(dataset: str, images: Path, cache: Path, seeds: tuple[int, ...], only: str, threads: int, minutes: float) -> None:
+def run(
+    dataset: str, images: Path, cache: Path, seeds: tuple[int, ...], only: str, fractions: tuple[float, ...], threads: int, minutes: float
+) -> None:
     """Train what is missing; every finished arm is written to results/DATASET.json at once."""
     torch.set_num_threads(threads or torch.get_num_threads())
     started = time.monotonic()
     path = RESULTS / f"{dataset}.json"
     kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"cells": []}
     for seed, fraction, arm, arms in _cells(dataset, images, cache / dataset, seeds, threads):
-        if only not in arm:
+        if only not in arm or fraction not in fractions:
             continue
         if time.monotonic() - started > 60 * minutes:
             console.print(f"stopped after {duration(time.monotonic() - started)}; the same command goes on")

@@ -131,18 +131,18 @@ def self_training(setting: Setting) -> TrainSettings:
     )
 
 
-def small_training(setting: Setting, images: str = "unlabelled", alpha: float = 1.0) -> TrainSettings:
-    """The small network on a teacher's soft labels."""
+def small_training(setting: Setting, images: str = "unlabelled", alpha: float = 1.0, temperature: float = 1.0) -> TrainSettings:
+    """The small network on a teacher's soft labels; the rate goes with the temperature."""
     return TrainSettings.model_validate(
         {
-            "students": [StudentSettings(name="small", network=STUDENT, optimizer=sgd(0.1, 1e-4))],
+            "students": [StudentSettings(name="small", network=STUDENT, optimizer=sgd(0.1 * temperature, 1e-4))],
             "images": images,
             "alpha": alpha,
             "epochs": setting.distill_epochs,
             "num_views": VIEWS,
             "global_batch": 128,
             "min_area": setting.min_area,
-            "temperature": 1.0,
+            "temperature": temperature,
             "num_evaluations": 1,
             "control": False,
             "precision": PRECISION,
@@ -188,6 +188,10 @@ class Arms:
         """As before, half of the loss being the cross-entropy on the labels."""
         return self._student("unlabelled", alpha=0.5)
 
+    def student_at_teachers_temperature(self) -> Result:
+        """The small network on the self-distilled teacher's soft labels at the temperature at which that one has learnt."""
+        return self._student("unlabelled", alpha=1.0, temperature=0.1)
+
     def student_of_finetuned(self) -> Result:
         """The small network on the soft labels of the teacher that was fine-tuned only."""
         served = self.stages.serve(self._finetuned())
@@ -202,9 +206,9 @@ class Arms:
     def _self_distilled(self) -> Made:
         return self.stages.distill(self.stages.serve(self._finetuned()), self_training(self.setting), self.fraction)
 
-    def _student(self, images: str, alpha: float) -> Result:
+    def _student(self, images: str, alpha: float, temperature: float = 1.0) -> Result:
         served = self.stages.serve(self._self_distilled(), student="self-distilled")
-        train = small_training(self.setting, images, alpha)
+        train = small_training(self.setting, images, alpha, temperature)
         if images == "labelled":  # as many steps as with all images
             steps = train.epochs * (self.setting.num_images // train.global_batch)
             labelled = round(self.setting.num_images * self.fraction)
@@ -225,6 +229,7 @@ ARMS: dict[str, Callable[[Arms], Result]] = {
     "student, distilled on labelled images only": Arms.student_labelled_only,
     "student, distilled on all images": Arms.student_distilled,
     "student, distilled + labels (alpha 0.5)": Arms.student_mixed,
+    "student, distilled on all images at temperature 0.1": Arms.student_at_teachers_temperature,
     "student, distilled from the fine-tuned teacher": Arms.student_of_finetuned,
 }
 """Row of the table -> how it is made."""
