@@ -194,7 +194,7 @@ def load_weights(network: torch.nn.Module, weights: dict[str, Tensor], origin: s
     other_shape = sorted(n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape)
     if missing or left_over or other_shape:
         parts = [
-            f"{what}: {', '.join(n[:5])}{' ...' if len(n) > 5 else ''}"
+            f"{what}: {', '.join(n[:20])}{f' ... ({len(n)} in all)' if len(n) > 20 else ''}"
             for what, n in (("missing", missing), ("left over", left_over), ("other shape", other_shape))
             if n
         ]

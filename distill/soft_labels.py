@@ -53,7 +53,7 @@ def softmax(logits_NK: FloatArray, temperature: float) -> FloatArray:
 
 
 def encode(logits_NK: FloatArray, temperatures: Sequence[float], max_tv: float) -> list[Record]:
-    """The smallest record of each row whose error stays within `max_tv` at every temperature.
+    """The smallest record found of each row whose error stays within `max_tv` at every temperature.
 
     Args:
         logits_NK: float32 [N,K], K at least 2.

@@ -11,10 +11,10 @@ from distill.config import Section
 from student_trainer.capacity import StageRates, Work
 from student_trainer.label_path import COMMIT_AT
 
-ENTRY_BYTES = 1600
-"""Memory of one manifest entry in every process that has the store open (measured: 20,000 entries, tracemalloc)."""
-ENTRY_S = 35e-6
-"""Seconds to take in one entry (measured: the same on a local disk, where each file is looked at)."""
+ENTRY_BYTES = 2000
+"""Memory of one manifest entry in every process that has the store open (measured: 50,000 entries, bench/stream_memory.py)."""
+ENTRY_S = 70e-6
+"""Seconds to take in one entry (measured: the same, on a local disk, where each file is looked at)."""
 _UNWRITTEN_BYTES = 600
 """Memory of a label that waits to be written, beside its record."""
 _GB = 1e9

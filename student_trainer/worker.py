@@ -17,7 +17,7 @@ import torch
 from distill.checkpoint import Write
 from distill.cluster.ddp import sum_over_workers
 from distill.cluster.worker import Worker, settling
-from distill.errors import DistillError, TrainingDiverged
+from distill.errors import DistillError, TeacherUnavailable, TrainingDiverged
 from distill.evaluation import evaluate_on, network_logits
 from distill.image_sets import open_labelled
 from distill.rejections import RejectionLog
@@ -40,7 +40,8 @@ POST_EVERY_S = 0.5
 def train_worker(config: dict[str, Any], worker: Worker) -> None:
     """Train the students of a `TrainJob` to the end, from the last checkpoint of the group if there is one.
 
-    Asked to stop, it ends with a checkpoint that goes on with the next step.
+    Asked to stop, it ends with a checkpoint that goes on with the next step; so does a worker that is alone when its patience with a silent
+    teacher ends.
 
     Raises:
         DistillError: what the images, the store, the teacher or the training itself raise.
@@ -59,6 +60,10 @@ def train_worker(config: dict[str, Any], worker: Worker) -> None:
                 run.train()
             except _StopWanted:
                 run.checkpoint()
+            except TeacherUnavailable:
+                if worker.world == 1:  # several do not all wait at the same step
+                    run.checkpoint()
+                raise
 
 
 def is_evaluated(epoch: int, num_epochs: int, num_evaluations: int) -> bool:
@@ -203,7 +208,10 @@ class _Run:
         step, num_steps = self.epoch * self._steps_per_epoch + batch.crops.step, self.job.epochs * self._steps_per_epoch
         size = len(batch.crops.image_ids)
         if size < 2 and self.worker.world > 1:
-            raise DistillError(f"worker {self.worker.rank} has {size} usable images in step {step}, and the others cannot go on without it")
+            raise DistillError(
+                f"worker {self.worker.rank} has {size} usable images in step {step}, and the others cannot go on without it: mend the images in"
+                f" {self.job.rejected_path}, or take a larger train.global_batch or fewer workers (ray.num_workers)"
+            )
         if size < 2:
             return  # batch norm needs two; only a batch of bad images comes here
         for student in self._active:

@@ -186,7 +186,7 @@ def torch_shape(official: Shape) -> Shape:
     return (official[3], official[2], official[0], official[1]) if len(official) == 4 else official[::-1]
 
 
-def list_names(kinds: Mapping[str, list[str]], most: int = 5) -> str:
+def list_names(kinds: Mapping[str, list[str]], most: int = 20) -> str:
     """`missing: a, b, c ... (12 in all); left over: d`; kinds without names are left out."""
     parts = []
     for kind, names in kinds.items():

@@ -139,6 +139,10 @@ def _run_verb(verb: str, config: Path, fresh: bool, overrides: tuple[str, ...]) 
     if verb == "sweep":
         _ = run.sweep_training  # a grid that says something impossible is refused before the teacher is started
     if fresh:
+        if verb in ("label", "serve"):
+            raise ConfigError(
+                f"`distill {verb}` keeps nothing that --fresh could do again; labels stay (another store.path asks anew): leave it out"
+            )
         verbs.forget(run, verb)
     if verb in simple:
         simple[verb](run)

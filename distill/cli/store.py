@@ -86,6 +86,8 @@ def verify(
     if against_teacher is not None:
         if config is None:
             raise ConfigError("--against-teacher asks the teacher of a run: say which with --config RUN_FILE")
+        if repair:
+            raise ConfigError("--repair mends, --against-teacher measures: run the first, then the second")
         return _verify_against_teacher(config, words, against_teacher, seed, logit_tolerance, as_json)
     with _output(as_json) as say:
         _verify_all(config, words, repair, say)
@@ -156,13 +158,18 @@ def _verify_against_teacher(config: Path, words: tuple[str, ...], count: int, se
     from distill.errors import StoreError
 
     with _output(as_json) as say, _asking(config, _overrides(words)) as job:
-        from student_trainer.open_store import open_label_store
+        from student_trainer.open_store import find_stores, open_label_store
         from student_trainer.store_sampling import check_against_teacher
 
+        if named := _named(words):  # must be of the run's teacher, crops and images; opening it says if not
+            job = job.replace(store_folder=_only([found for where in named for found in find_stores(where)], " and ".join(named)))
         opened = open_label_store(job)
         with _progress("ask again", count, "labels") as line:
             found = check_against_teacher(opened, job, count, seed, logit_tolerance, line.update)
-        say({"where": opened.files.where, "num_beyond": found.num_beyond, **found.model_dump(mode="json")}, [check_table(found)])
+        say(
+            {"where": opened.files.where, "num_beyond": found.num_beyond, **found.model_dump(mode="json")},
+            [check_table(found, opened.files.where)],
+        )
         if found.num_beyond:
             worst = next(at.worst[0] for at in found.temperatures if at.worst)
             raise StoreError(f"{found.num_beyond} labels are further from the teacher than they state (the worst: {worst})")
@@ -222,7 +229,7 @@ def _opened(config: Path | None, words: tuple[str, ...]) -> Iterator[Any]:
     from distill.errors import ConfigError
     from student_trainer.open_store import find_stores, open_any_store
 
-    named = [word for word in words if not _OVERRIDE.match(word)]
+    named = _named(words)
     settings = None
     if config is not None:
         from distill.cli.run_file import read_run_file
@@ -235,6 +242,10 @@ def _opened(config: Path | None, words: tuple[str, ...]) -> Iterator[Any]:
     for where in named:
         for found in find_stores(where):
             yield open_any_store(found, settings)
+
+
+def _named(words: tuple[str, ...]) -> list[str]:
+    return [word for word in words if not _OVERRIDE.match(word)]
 
 
 def _overrides(words: tuple[str, ...]) -> tuple[str, ...]:

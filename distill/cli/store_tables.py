@@ -99,9 +99,9 @@ def verify_tables(where: str, found: Verification) -> list[Table]:
     return [whole, problems]
 
 
-def check_table(found: TeacherCheck) -> Table:
+def check_table(found: TeacherCheck, where: str) -> Table:
     """Stored labels against the teacher, at each temperature."""
-    title = f"{found.num_checked} stored labels against the teacher (logit tolerance {found.logit_tolerance:g})"
+    title = f"{found.num_checked} labels of {where} against the teacher (logit tolerance {found.logit_tolerance:g})"
     table = _table(title, "temperature", "true TV mean", "p99", "largest", "stated p99", "stated largest", "over their bound")
     for at in found.temperatures:
         numbers = (at.true_tv.mean, at.true_tv.p99, at.true_tv.largest, at.stated_tv.p99, at.stated_tv.largest)

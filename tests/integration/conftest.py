@@ -83,7 +83,7 @@ class Line:
 
     def start(self, verb: str, *more: str) -> subprocess.Popen[str]:
         """The command, running."""
-        command = [str(DISTILL), verb, f"run_dir={self.folder}", *self.overrides, *more]
+        command = [str(DISTILL), *verb.split(), f"run_dir={self.folder}", *self.overrides, *more]
         environment = {**os.environ, MARK: self.mark}
         pipe = subprocess.PIPE
         # A session of its own, so that a signal to its leader reaches nobody else.

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import tarfile
 import time
+import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,15 +85,37 @@ def test_labelling_ahead_asks_for_nothing_that_is_there(finished: tuple[Line, st
     assert line.processes() == {}
 
 
+def test_stored_labels_against_the_teacher(finished: tuple[Line, str], tmp_path: Path) -> None:
+    line, _ = finished
+    ours = ("--config", "recipes/quickstart.yaml", "--json")
+    planned = json.loads(line.done("store plan", *ours, "--sample", "64"))
+    assert (planned["num_images"], planned["num_sampled"]) == (NUM_IMAGES, 64)
+    (store,) = line.folder.glob("store/*")
+    found = json.loads(line.done("store verify", *ours, "--against-teacher", "40", str(store)))
+    assert (found["where"], found["num_checked"], found["num_beyond"]) == (str(store), 40, 0)
+    other = tmp_path / "other"
+    shutil.copytree(store, other)
+    identity = json.loads((other / "store.json").read_text())
+    (other / "store.json").write_text(json.dumps({**identity, "seed": 7}))
+    refused = line.run("store verify", *ours, "--against-teacher", "40", str(other))
+    assert refused.returncode != 0
+    assert "belongs to another seed" in refused.stderr
+    assert line.run("store verify", *ours, "--against-teacher", "40", "--repair").returncode == 2
+
+
 def test_two_labelling_jobs_at_once_of_which_one_is_killed(
     finished: tuple[Line, str], tmp_path: Path, wait_until: Callable[..., Any], kept_by: Callable[[Line], Any]
 ) -> None:
     """Two whole commands, each with its own Ray and its own teacher, on one empty store: every label once."""
     views = 5
     lines = [finished[0].copy(tmp_path / name, f"train.num_views={views}", f"store.path={tmp_path / 'store'}") for name in "ab"]
+    lines[1].mark = uuid.uuid4().hex  # its processes are told from the other's
     processes = [line.start("label") for line in lines]
     wait_until(lambda: list((tmp_path / "store").glob("*/view-*/*.parquet")), processes[0])
-    lines[1].kill()
+    for pid in lines[1].processes():
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    processes[1].communicate()
     out, err = processes[0].communicate(timeout=300)
     assert processes[0].returncode == 0, err[-3000:]
     assert f"store: {views * NUM_IMAGES} labels" in out

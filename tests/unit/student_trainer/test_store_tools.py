@@ -341,6 +341,8 @@ class TestCommandLine:
         assert "--config" in capsys.readouterr().err
         assert run_command(["store", "verify", str(tmp_path), "--against-teacher", "5"]) == 2
         assert "--config" in capsys.readouterr().err
+        assert run_command(["store", "verify", "--against-teacher", "5", "--repair", "--config", "x.yaml"]) == 2
+        assert "--repair mends" in capsys.readouterr().err
 
     def test_a_folder_of_several_stores_must_be_narrowed_to_compare(
         self, tmp_path: Path, identity: StoreIdentity, capsys: pytest.CaptureFixture[str]

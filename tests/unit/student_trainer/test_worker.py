@@ -16,7 +16,7 @@ from PIL import Image
 
 from distill.checkpoint import Checkpoint, Write, load_checkpoint
 from distill.cluster.worker import LocalWorker, Row
-from distill.errors import CheckpointError, TrainingDiverged
+from distill.errors import CheckpointError, TeacherUnavailable, TrainingDiverged
 from distill.loader import CropLoader
 from distill.models.classifier import build_classifier
 from distill.models.saved_classifier import ClassifierCard, load_classifier, save_classifier
@@ -341,6 +341,26 @@ def test_a_wish_to_stop_is_heard_while_the_teacher_is_silent(
     monkeypatch.setattr(lessons, "open_teacher", lambda address: FakeTeacher(len(CLASSES)))
     whole, _ = run(job_of(), tmp_path / "whole")
     assert_same(run(job_of(), tmp_path / "run")[0], whole)
+
+
+def test_when_patience_ends_what_is_trained_is_kept(
+    job_of: JobOf, tmp_path: Path, teachers: list[FakeTeacher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Leaving(FakeTeacher):
+        """Answers two batches, and then nobody any more."""
+
+        async def _infer(self, *question: Any) -> dict[str, Any]:
+            self.unavailable_calls = 10**9 if len(self.calls) == 2 else self.unavailable_calls
+            return await super()._infer(*question)
+
+    monkeypatch.setattr(lessons, "open_teacher", lambda address: Leaving(len(CLASSES)))
+    job = job_of(teacher_patience_s=0.1, requests_in_flight=1)
+    with pytest.raises(TeacherUnavailable, match=r"limit train\.teacher_patience_s=0\.1"):
+        run(job, tmp_path / "run")
+    assert load_checkpoint(tmp_path / "run" / "checkpoint" / "students").manifest["step"] == 2
+    monkeypatch.setattr(lessons, "open_teacher", lambda address: FakeTeacher(len(CLASSES)))
+    whole, _ = run(job, tmp_path / "whole")
+    assert_same(run(job, tmp_path / "run")[0], whole)
 
 
 def run_pair(job: TrainJob, folder: Path, *stop_after: int) -> Checkpoint:
