@@ -209,8 +209,8 @@ class _Run:
         size = len(batch.crops.image_ids)
         if size < 2 and self.worker.world > 1:
             raise DistillError(
-                f"worker {self.worker.rank} has {size} usable images in step {step}, and the others cannot go on without it: mend the images in"
-                f" {self.job.rejected_path}, or take a larger train.global_batch or fewer workers (ray.num_workers)"
+                f"worker {self.worker.rank} has {size} usable images in step {step}, and the others cannot go on without it: mend the"
+                f" images in {self.job.rejected_path}, or take a larger train.global_batch or fewer workers (ray.num_workers)"
             )
         if size < 2:
             return  # batch norm needs two; only a batch of bad images comes here
