@@ -85,6 +85,19 @@ def test_labelling_ahead_asks_for_nothing_that_is_there(finished: tuple[Line, st
     assert line.processes() == {}
 
 
+def test_two_workers_pretrain_and_fine_tune_as_one_does(new_line: Callable[..., Line], tmp_path: Path) -> None:
+    """On Ray: batches, negatives and batch norm are those of both."""
+    line = new_line(tmp_path / "run", "ray.num_workers=2", "pretrain.precision=fp32", "finetune.precision=fp32")
+    alone = new_line(tmp_path / "alone", "pretrain.precision=fp32", "finetune.precision=fp32")
+    for stage in ("pretrain", "finetune"):
+        line.done(stage)
+        alone.done(stage)
+        assert stage_result(line, stage)["steps"] == stage_result(alone, stage)["steps"] > 0
+    assert stage_result(line, "pretrain")["loss"] == pytest.approx(stage_result(alone, "pretrain")["loss"], rel=0.01)
+    one, two = (stage_result(run, "finetune")["scores"]["nll"] for run in (alone, line))
+    assert two == pytest.approx(one, rel=0.1), "rounding of pretraining has gone through eight more steps"
+
+
 def test_stored_labels_against_the_teacher(finished: tuple[Line, str], tmp_path: Path) -> None:
     line, _ = finished
     ours = ("--config", "recipes/quickstart.yaml", "--json")

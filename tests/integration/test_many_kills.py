@@ -2,7 +2,8 @@
 
 A kill comes at the latest when its share of the steps is done, so that a quick machine gets them all in.
 
-The run must end where the undisturbed one ends: every label once, every batch trained on once, the same weights to the last bit.
+The run must end where the undisturbed one ends: every label once, every batch trained on once, and with one worker the same weights to the
+last bit; with two, students as good within the noise of the test images.
 `DISTILL_KILLS` says how many kills (docs/training.md says what was run), `DISTILL_OUTAGE_S` for how long Triton stays away once.
 """
 
@@ -49,14 +50,15 @@ class Chaos:
     line: Line
     triton: TritonProcess
     wait_until: Callable[..., Any]
+    num_kills: int = NUM_KILLS
     random: random.Random = field(default_factory=lambda: random.Random(SEED))
     killed: Counter[str] = field(default_factory=Counter)
 
     def go(self) -> None:
-        """Run `distill train` to its end, with `NUM_KILLS` kills on the way or, if it ends before, as many as there was time for."""
+        """Run `distill train` to its end, with `num_kills` kills on the way or, if it ends before, as many as there was time for."""
         process = self.line.start("train")
         while True:
-            if self.killed.total() < NUM_KILLS and self._work_for(process, self.random.uniform(0.5, 8)):
+            if self.killed.total() < self.num_kills and self._work_for(process, self.random.uniform(0.5, 8)):
                 process = self._kill(process)
                 continue
             out, err = process.communicate(timeout=120 + 60 * EPOCHS)  # all of it anew, and more
@@ -75,7 +77,7 @@ class Chaos:
         with suppress(pytest.fail.Exception):  # it ended: well or not, the caller looks
             self.wait_until(lambda: process.poll() is not None or self.worker() is not None, timeout_s=120)
         deadline = time.monotonic() + seconds
-        due = NUM_STEPS * (self.killed.total() + 1) // (NUM_KILLS + 2)  # rows come late: two shares are left at the last
+        due = NUM_STEPS * (self.killed.total() + 1) // (self.num_kills + 2)  # rows come late: two shares are left at the last
         while time.monotonic() < deadline and process.poll() is None and self.step() < due:
             time.sleep(0.05)
         return process.poll() is None
@@ -94,20 +96,23 @@ class Chaos:
         return next((pid for pid, command in self.line.processes().items() if "RayTrainWorker" in command), None)
 
     def _kill(self, process: subprocess.Popen[str]) -> subprocess.Popen[str]:
+        """One kill; it counts only if it hit somebody."""
         victim = self.random.choice(VICTIMS)
-        self.killed[victim] += 1
         if victim == "driver":
             process.kill()
             process.communicate()
+            self.killed[victim] += process.returncode == -signal.SIGKILL
             return self.line.start("train")
         if victim == "worker":
             pid = self.worker()
-            if pid is not None:
-                with suppress(ProcessLookupError):
+            with suppress(ProcessLookupError):
+                if pid is not None:
                     os.kill(pid, signal.SIGKILL)
+                    self.killed[victim] += 1
             return process
         assert self.triton.server_pid is not None
         os.kill(self.triton.server_pid, signal.SIGKILL)
+        self.killed[victim] += 1
         time.sleep(OUTAGE_S if self.killed["triton"] == 1 else self.random.uniform(0, 5))
         self.triton.restart()
         return process
@@ -132,25 +137,30 @@ def triton(home: TritonHome, prepared: Line, tmp_path_factory: pytest.TempPathFa
         yield process
 
 
+@pytest.mark.parametrize("num_workers", [1, 2])
 def test_many_kills_change_nothing(
     prepared: Line,
     triton: TritonProcess,
     tmp_path: Path,
     wait_until: Callable[..., Any],
     kept_by: Callable[[Line], Kept],
+    num_workers: int,
 ) -> None:
-    asked = (f"server.triton.url={triton.url}", "server.backend=triton")
+    asked = (f"server.triton.url={triton.url}", "server.backend=triton", f"ray.num_workers={num_workers}")
     undisturbed = prepared.copy(tmp_path / "undisturbed", *asked)
     undisturbed.done("train")
     line = prepared.copy(tmp_path / "disturbed", *asked)
-    chaos = Chaos(line, triton, wait_until)
+    chaos = Chaos(line, triton, wait_until, NUM_KILLS if num_workers == 1 else 2)
     chaos.go()
     logger.info("killed: %s", dict(chaos.killed))
     assert chaos.step() > NUM_STEPS // 2  # the journal is read rightly
-    assert chaos.killed.total() == NUM_KILLS, f"the run ended after {chaos.killed}: make it longer"
+    assert chaos.killed.total() == chaos.num_kills, f"the run ended after {chaos.killed}: make it longer"
     expected, found = kept_by(undisturbed), kept_by(line)
     assert set(expected.labels.values()) == {1}
     assert found.labels == expected.labels
-    assert found.weights == expected.weights
+    if num_workers == 1:
+        assert found.weights == expected.weights
+    before, after = (json.loads((run.folder / "train" / "stage.json").read_text())["result"]["epochs"][-1] for run in (undisturbed, line))
+    assert {name: pytest.approx(top1, abs=0.05) for name, top1 in before["top1"].items()} == after["top1"]
     assert found.totals["images"] == expected.totals["images"]
     line.wait_for_nothing(timeout_s=90)
