@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -255,7 +255,9 @@ def label(run: Run, teacher: TeacherAddress) -> Result:
     from student_trainer.label import label_images
 
     console.print("[bold]label[/bold]")
-    result = label_images(run.distill_job(teacher, run.teacher, run.file.train), run.file.ray)
+    job = run.distill_job(teacher, run.teacher, run.file.train)
+    _say_new_store(run, job)
+    result = label_images(job, run.file.ray)
     store = result["store"]
     mean = store["size_bytes"] / max(1, store["num_labels"])
     console.print(f"  store: {store['num_labels']} labels in {store['num_segments']} segments, {mean:.0f} bytes a label")
@@ -293,10 +295,24 @@ def sweep(run: Run, teacher: TeacherAddress) -> Result:
     return result
 
 
+def _say_new_store(run: Run, job: TrainJob) -> None:
+    """Whoever changed teacher, crops, seed or images may not expect that every label is asked for again."""
+    from distill.errors import StoreError
+    from student_trainer.open_store import find_stores
+
+    with suppress(StoreError):  # none there yet
+        others = find_stores(run.stores)
+        if job.store_folder not in others:
+            console.print(
+                f"  a new label store; the {len(others)} in {run.stores} are of another teacher, seed, crops or images", markup=False
+            )
+
+
 def _train(run: Run, job: TrainJob, folder: Path, title: str) -> Result:
     from student_trainer.open_store import open_label_store
     from student_trainer.train import train_students
 
+    _say_new_store(run, job)
     result = train_students(job, run.file.ray, folder, title, run.file.monitor)
     return {**result, "store": open_label_store(job).stats().model_dump(), "store_folder": job.store_folder}
 

@@ -27,6 +27,7 @@ from distill.models.saved_classifier import ClassifierCard, save_classifier
 from distill.models.settings import NetworkSettings
 from distill.stages import Stage
 from distill.teacher_info import Preprocessing
+from student_trainer.store import SoftLabelStore, StoreIdentity
 from teacher_server.address import TeacherAddress
 
 NETWORK = {"name": "resnet", "depth": 10, "width_multiplier": 0.125, "stem": "cifar"}
@@ -314,3 +315,16 @@ def test_bad_input_is_refused_before_what_is_finished_moves(tree: dict[str, Any]
         getattr(verbs, verb)(run_of(tree, "pretrain.global_batch=4", override))
     assert kept.read_bytes() == before
     assert not (good.folder / "old").exists()
+
+
+def test_a_new_store_beside_others_is_said(tree: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_of(tree)
+    job = run.job("distill", run.file.train)
+    ours, other = (f"{run.stores}/{name}" for name in ("ours", "other"))
+    verbs._say_new_store(run, job.replace(store_folder=ours))
+    assert capsys.readouterr().out == "", "none is there"
+    SoftLabelStore(other, StoreIdentity(fingerprint="f" * 64, num_classes=2, recipe=job.recipe, seed=0, images="x"))
+    verbs._say_new_store(run, job.replace(store_folder=ours))
+    assert "a new label store; the 1 in" in capsys.readouterr().out
+    verbs._say_new_store(run, job.replace(store_folder=other))
+    assert capsys.readouterr().out == ""
