@@ -131,7 +131,7 @@ def export_ensemble(
         settings: name, default temperature and limits. The precision is that of the members; what is added to them computes in fp32.
 
     Raises:
-        ConfigError: a member that cannot be merged, a graph over 2 GiB, a name that cannot be.
+        ConfigError: a member that cannot be merged, a name that cannot be.
         ParityError: the graph does not say what the mean of the members says.
     """
     settings = settings.replace(precision=members[0].info.precision)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +27,6 @@ from distill.errors import ConfigError, DistillError
 from distill.wire import IMAGES, LOGITS, SOFT_LABELS, TEMPERATURE
 from export import large_models
 from export.files import first_line, write_atomically
-from export.large_models import is_large, save_weights
 
 __all__ = ["IMAGES", "LOGITS", "SOFT_LABELS", "TEMPERATURE"]
 
@@ -72,8 +70,8 @@ def export_student_graph(network: nn.Module, image_size: int, path: Path, *, ops
     """
     size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in [*network.parameters(), *network.buffers()])
     if size_bytes > large_models.MAX_FILE_BYTES:
-        limit = large_models.MAX_FILE_BYTES
-        raise ConfigError(f"the student has {size_bytes} bytes of weights; one ONNX file holds {limit}: choose a smaller network")
+        most = f"one ONNX file holds {large_models.MAX_FILE_BYTES}"
+        raise ConfigError(f"the student has {size_bytes} bytes of weights; {most}: choose a smaller network")
     _export(network, (_example_crops(image_size),), path, [IMAGES], [LOGITS], opset)
 
 
@@ -146,21 +144,31 @@ def save_model(model: onnx.ModelProto, path: Path) -> None:
     Weights that do not fit into one file get a second one beside it (`large_models.py`).
 
     Raises:
+        ConfigError: what is not weights does not fit into one file.
         DistillError: the ONNX checker refuses the graph.
     """
-    large = is_large(model)
-    content = (save_weights(model, path) if large else model).SerializeToString(deterministic=True)
+    large = large_models.is_large(model)
+    if not large and model.ByteSize() > large_models.MAX_FILE_BYTES:  # in nodes and functions
+        raise ConfigError(f"{path.name} has more than 2 GB outside its tensors of weights; one ONNX file cannot hold that")
+    content = (large_models.save_weights(model, path) if large else model).SerializeToString(deterministic=True)
     try:
         if large:  # only from a file, which finds its weights beside it
-            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".pending") as file:
-                file.write(content)
-                file.flush()
-                onnx.checker.check_model(file.name, full_check=True)
+            _check_beside(path, content)
         else:
             onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise DistillError(f"{path.name} would be no valid ONNX model: {first_line(error)}") from error
     write_atomically(path, content)
+
+
+def _check_beside(path: Path, content: bytes) -> None:
+    """ONNX's check of what is about to become `path`."""
+    unchecked = path.with_name(".unchecked.pending")
+    try:
+        unchecked.write_bytes(content)
+        onnx.checker.check_model(str(unchecked), full_check=True)
+    finally:
+        unchecked.unlink(missing_ok=True)
 
 
 def device_of(network: nn.Module) -> torch.device:

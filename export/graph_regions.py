@@ -14,6 +14,7 @@ import onnx
 from onnx import TensorProto
 
 from distill.wire import IMAGES, LOGITS
+from export.large_models import without_weights
 
 _HEAD_OPERATORS = frozenset({"Cast", "Div", "Sub", "Mul", "Add", "Transpose", "Resize", "Identity", "Round", "Clip"})
 
@@ -48,7 +49,8 @@ def head_and_tail(graph: onnx.GraphProto) -> set[str]:
 
 def float_tensors(model: onnx.ModelProto) -> set[str]:
     """Names of all fp32 tensors: inputs, outputs, constants, and those between, whose types are inferred."""
-    graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    # Types need no weights, and shape inference takes no model over 2 GB.
+    graph = onnx.shape_inference.infer_shapes(without_weights(model, lambda data: {}), data_prop=True).graph
     values = [*graph.input, *graph.output, *graph.value_info]
     named = {value.name for value in values if value.type.tensor_type.elem_type == TensorProto.FLOAT}
     return named | {tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT}

@@ -4,19 +4,21 @@
     2c6d6993df914d36.weights   the tensors, one after the other (ONNX's external data), named by what is in it
 
 The file of weights is written first and has a name of its own, so a crash leaves the old model with its weights or the new one with its
-own. Unit of data: one model.
+own, and at most one file of weights that the next `sweep_weights` takes away. Unit of data: one model.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import onnx
-from google.protobuf.message import Message  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
 from onnx import TensorProto, numpy_helper
 
 MAX_FILE_BYTES = 2**31 - 2**20
@@ -26,6 +28,9 @@ LARGE_TENSOR_BYTES = 1024
 ALIGNMENT = 4096
 """Of a tensor in the file, in bytes: ONNX Runtime maps it into memory."""
 SUFFIX = ".weights"
+PENDING = ".weights.pending"
+"""What is being written; one name, so that the next try writes over what a crash left."""
+_OURS = re.compile(rf"[0-9a-f]{{16}}{re.escape(SUFFIX)}")
 
 
 def is_large(model: onnx.ModelProto) -> bool:
@@ -56,13 +61,14 @@ def without_weights(model: onnx.ModelProto, place: Callable[[bytes], dict[str, s
 def save_weights(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
     """Write the weights of `model` beside `path`; returns what is left of it, to be written to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    pending = path.with_name(f".{path.name}.{os.getpid()}.pending")
+    pending = path.with_name(PENDING)
     digest = hashlib.sha256()
     try:
         with pending.open("wb") as file:
 
             def place(data: bytes) -> dict[str, str]:
                 file.write(bytes(-file.tell() % ALIGNMENT))
+                digest.update(len(data).to_bytes(8, "big"))
                 digest.update(data)
                 offset = file.tell()
                 file.write(data)
@@ -89,18 +95,29 @@ def canonical_bytes_of(model: onnx.ModelProto, strip: Callable[[onnx.ModelProto]
 
 
 def weights_of(path: Path) -> set[str]:
-    """Names of the files of weights that the model in `path` needs."""
+    """Names of the files of weights that the model in `path` needs.
+
+    Raises:
+        DecodeError: it is no ONNX model.
+    """
     tensors = onnx.load(path, load_external_data=False).graph.initializer
     return {entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"}
 
 
+def model_bytes(path: Path) -> int:
+    """Size of a model with its file of weights, if it has one."""
+    beside = [path.with_name(name) for name in weights_of(path)] if any(path.parent.glob(f"*{SUFFIX}")) else []
+    return sum(file.stat().st_size for file in (path, *beside) if file.exists())
+
+
 def sweep_weights(folder: Path) -> None:
-    """Remove the files of weights that no model in the folder needs any more."""
-    left = {path.name for path in folder.glob(f"*{SUFFIX}")}
-    if left:
-        left -= {name for path in folder.glob("*.onnx") for name in weights_of(path)}
-    for name in left:
-        (folder / name).unlink(missing_ok=True)
+    """Remove our files of weights that no model in the folder needs. What cannot be told or removed now stays for the next time."""
+    left = {path.name for path in folder.glob(f"*{SUFFIX}") if _OURS.fullmatch(path.name)}
+    with suppress(DecodeError, OSError):
+        if left:
+            left -= {name for path in folder.glob("*.onnx") for name in weights_of(path)}
+        for name in left:
+            (folder / name).unlink(missing_ok=True)
 
 
 def _copy_but(source: Message, target: Message, left_out: str) -> None:

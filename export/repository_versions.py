@@ -23,6 +23,7 @@ from export.files import write_atomically
 from export.fingerprint import read_teacher_info
 from export.first_answer import require_answer
 from export.imports import teacher_file
+from export.large_models import model_bytes
 from export.settings import RepositorySettings
 from export.triton_repository import (
     WARMUP_TEMPERATURE,
@@ -259,7 +260,7 @@ def _listed(folder: Path, version: int, active: int | None) -> ListedVersion:
         fingerprint=info.fingerprint if info else None,
         num_classes=info.num_classes if info else None,
         image_size=info.preprocessing.image_size if info else None,
-        size_bytes=path.stat().st_size,
+        size_bytes=model_bytes(path) if info else path.stat().st_size,
         precision=info.precision if info else None,
         added_at=path.stat().st_mtime,
         problem=problem,

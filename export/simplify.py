@@ -13,6 +13,7 @@ from distill.errors import ConfigError
 from export.files import first_line
 from export.graph import strip_descriptions
 from export.graph_regions import opset_of
+from export.large_models import is_large
 
 
 def simplify(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -30,6 +31,8 @@ def at_least_opset(model: onnx.ModelProto, opset: int, asked: str) -> onnx.Model
     """
     if opset_of(model) >= opset:
         return model
+    if is_large(model):
+        raise ConfigError(f"{asked} needs opset {opset}, and a model of over 2 GB cannot be rewritten: export it anew in that opset")
     try:
         return onnx.version_converter.convert_version(model, opset)
     except (RuntimeError, ValueError) as error:  # the converter has no errors of its own

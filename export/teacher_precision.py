@@ -79,9 +79,10 @@ def set_precision(path: Path, crops_NHWC: Crops, settings: TeacherExportSettings
         half = to_half_precision(load_model(path), crops_NHWC)
         save_model(half.model, path)
     elif settings.precision == "int8":
-        if is_large(load_model(path)):
+        model = load_model(path)
+        if is_large(model):
             raise ConfigError("teacher.precision: int8 is for graphs of up to 2 GB in fp32, and this one is larger; set fp16 or fp32")
-        save_model(at_least_opset(load_model(path), PER_CHANNEL_OPSET, "teacher.precision: int8"), path)
+        save_model(at_least_opset(model, PER_CHANNEL_OPSET, "teacher.precision: int8"), path)
         weight_bits = _to_int8(path, crops_NHWC, settings)
     return PreciseTeacher(path, settings, opset_of(load_model(path)), half, weight_bits)
 

@@ -243,8 +243,8 @@ def put_version(model: Path, info: TeacherInfo, folder: Path) -> None:
     if folder.exists():
         (folder / REPORT_FILE).unlink(missing_ok=True)  # it is about the old file
         write_teacher_info(model, info, folder / "model.onnx")
-        sweep_weights(folder)
         _copy_parity(model, info, folder)
+        sweep_weights(folder)
         return
     pending = folder.with_name(f".{folder.name}.{os.getpid()}.pending")
     try:

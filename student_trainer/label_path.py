@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from distill.errors import FingerprintMismatch, StoreError, TeacherUnavailable
+from distill.errors import FingerprintMismatch, StoreError, TeacherAnswerError, TeacherUnavailable
 from distill.loader import CropBatch
 from distill.plan import Rows
 from distill.soft_labels import FloatArray, Record, decode, encode
@@ -137,6 +137,18 @@ class LabelPath:
         if self._num_pending >= COMMIT_AT:
             await self._commit_aside()
         return replace(labels, num_asked=len(missing))
+
+    async def answers_anything(self, batch: CropBatch) -> bool:
+        """Whether the teacher has a usable answer for a grey crop; it is waited for as for any other.
+
+        Raises:
+            TeacherUnavailable: no answer for `patience_s`.
+        """
+        try:
+            await self._ask(np.full((1, *batch.crops_VBHWC.shape[2:]), 128, dtype=np.uint8))
+        except TeacherAnswerError:
+            return False
+        return True
 
     def _from_store(self, batch: CropBatch, view: int, labels: BatchLabels) -> Positions:
         """Fill in the rows that the store has or will have; return the positions of the others."""

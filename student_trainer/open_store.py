@@ -37,6 +37,18 @@ def folder_of_stores(path: str, name: str) -> str:
     return f"{path.rstrip('/')}/{name}" if "://" in path else str((Path(path) / name).absolute())
 
 
+def is_there(where: str) -> bool:
+    """Whether there is a store at a path or URL.
+
+    Raises:
+        StoreError: it cannot be told.
+    """
+    try:
+        return bool(open_files(where).sizes([IDENTITY]))
+    except OSError as error:
+        raise StoreError(f"{where} cannot be read: {error.strerror or error}") from error
+
+
 def find_stores(where: str) -> list[str]:
     """The store at a path or URL, or all those in it: `store.path` holds one for each teacher, crop recipe and image set.
 

@@ -33,7 +33,7 @@ from distill.errors import FingerprintMismatch, StoreError
 from distill.soft_labels import Record
 from student_trainer.store_cache import SegmentCache
 from student_trainer.store_files import StoreFiles, open_files
-from student_trainer.store_manifest import Manifest, total
+from student_trainer.store_manifest import LATE_S, Manifest, total
 from student_trainer.store_segments import ROUNDING, Segment, ShardLabels, make_table, read_bytes, read_labels, table_bytes
 
 __all__ = ["Segment", "ShardLabels", "SoftLabelStore", "StoreIdentity", "StoreStats", "read_identity"]
@@ -250,7 +250,6 @@ class SoftLabelStore:
                 fresh += self.manifest.refresh(segment.view)
                 new = self._without_kept(segment, table, limit)
                 left = None if len(new) == len(table) and self.manifest.append(segment) else new
-                self._quarantine_cut_off(segment)
                 fresh += self.manifest.refresh(segment.view)
                 # Also where the answer to `append` was lost, and the client library tried again and was refused.
                 if self._is_named(segment):
@@ -260,14 +259,17 @@ class SoftLabelStore:
             raise StoreError(f"labels cannot be written to {self.folder}: {_said(error)}; committed labels are safe") from error
         if left is not None:
             self.files.remove(segment.file)
+        else:
+            self._quarantine_cut_off(segment)
         return left, fresh
 
     def _quarantine_cut_off(self, new: Segment) -> None:
-        """Move away what lies where `new` is committed and is not as long as it was: only now are its labels sure to be there again."""
-        gone = {segment.file: segment for segment in self.manifest.gone((new.view, new.shard))}
-        for file, size in self.files.sizes(gone).items() if gone else ():
-            if size != gone[file].size_bytes:
-                self.quarantine(gone[file])
+        """Move away what lies where `new` was committed, is not as long as it was, and has had the time to become so."""
+        with suppress(OSError):  # `new` is committed, whatever happens here
+            gone = {segment.file: segment for segment in self.manifest.gone((new.view, new.shard))}
+            for file, size in self.files.sizes(gone).items() if gone else ():
+                if size != gone[file].size_bytes and self.files.age_s(file) > LATE_S:
+                    self.quarantine(gone[file])
 
     def _segment(self, view: int, shard: int, temperatures: tuple[float, ...], table: pa.Table, replaces: tuple[str, ...] = ()) -> Segment:
         data = table_bytes(table)

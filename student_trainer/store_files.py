@@ -36,6 +36,10 @@ class StoreFiles(Protocol):
         """Name -> size in bytes of those that exist."""
         ...
 
+    def age_s(self, name: str) -> float:
+        """Seconds since a file that is there was written, where that matters; infinite where a file appears whole or not at all."""
+        ...
+
     def read(self, name: str) -> bytes:
         """Raises FileNotFoundError where there is no such file."""
         ...

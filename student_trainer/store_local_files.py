@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -49,6 +50,10 @@ class LocalFiles:
             with suppress(FileNotFoundError, NotADirectoryError):
                 found[name] = (self.folder / name).stat().st_size
         return found
+
+    def age_s(self, name: str) -> float:
+        """See StoreFiles."""
+        return time.time() - (self.folder / name).stat().st_mtime
 
     def read(self, name: str) -> bytes:
         """See StoreFiles."""

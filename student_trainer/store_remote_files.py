@@ -7,6 +7,7 @@ Unit of data: one file. What each method promises stands in `StoreFiles` (store_
 from __future__ import annotations
 
 import errno
+import math
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -45,6 +46,10 @@ class RemoteFiles:
             with suppress(FileNotFoundError), self._errors():
                 found[name] = int(self._fs.info(self._path(name), refresh=True)["size"] or 0)
         return found
+
+    def age_s(self, name: str) -> float:
+        """See StoreFiles: a put appears whole."""
+        return math.inf
 
     def read(self, name: str) -> bytes:
         """See StoreFiles."""

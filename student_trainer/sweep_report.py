@@ -27,7 +27,7 @@ def write_sweep(path: Path, run_name: str, result: dict[str, Any], history: dict
     """
     ranking, costs, points = result["ranking"], costs_of(result), history["points"]
     best = [row["student"] for row in ranking[: plots.MOST_LINES]]
-    finished = [row for row in ranking if row["top1"] is not None and row["latency_ms"] is not None]
+    finished = [row for row in ranking if row.get("top1") is not None and row.get("latency_ms") is not None]
     content = {
         "title": f"Sweep of {run_name}: {len(ranking)} students on one stream of labels",
         "rows": [_row(row, costs.get(row["student"])) for row in ranking],
@@ -45,9 +45,10 @@ def _row(row: dict[str, Any], cost: Cost | None) -> dict[str, str]:
         "settings": ", ".join(f"{field.rpartition('.')[2]} {value}" for field, value in row["settings"].items()),
         "rung": str(row["rung"]),
         "score": "" if row["score"] is None else f"{row['score']:.4f}",
-        "top1": "" if row["top1"] is None else f"{row['top1']:.1%}",
-        "latency": "" if row["latency_ms"] is None else f"{row['latency_ms']:.3g} ms",
-        "size": "" if row["size_bytes"] is None else f"{row['size_bytes'] / 1000:,.0f} kB",
+        # A sweep of an earlier version has none of these three.
+        "top1": f"{row['top1']:.1%}" if row.get("top1") is not None else "",
+        "latency": f"{row['latency_ms']:.3g} ms" if row.get("latency_ms") is not None else "",
+        "size": f"{row['size_bytes'] / 1000:,.0f} kB" if row.get("size_bytes") is not None else "",
         "parameters": f"{row['num_parameters']:,}",
         "images": "" if cost is None else f"{cost.images:,.0f}",
         "stream_share": "" if cost is None else f"{cost.stream_share:.0%}",

@@ -20,15 +20,15 @@ async def answerable(path: LabelPath, batch: CropBatch, rejections: RejectionLog
     """The batch without the crops that have no usable answer, and the labels of the others. The images left out are rejected.
 
     Raises:
-        TeacherAnswerError: not one crop that the teacher was asked for has an answer, and it has none for a grey crop either. Then the
-            teacher is at fault, not the images. Else all of them are rejected; the batch that comes back may be empty.
+        TeacherAnswerError: the teacher has no answer for a grey crop either. Then it is at fault, not the images, and none is rejected.
+            Else the batch that comes back may be empty.
         what `LabelPath.read` raises.
     """
     try:
         return batch, await path.read(batch)
     except TeacherAnswerError:
         found = await _in_halves(path, batch, np.arange(len(batch.image_ids)))
-        if not any(labels.num_asked for _, labels in found) and not await path.teacher.ready():
+        if sum(len(positions) for positions, _ in found) < len(batch.image_ids) and not await path.answers_anything(batch):
             raise
     nothing = np.empty(0, dtype=np.int64)
     found.append((nothing, await path.read(batch.take(nothing))))  # so that there is something to join

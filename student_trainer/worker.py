@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,10 +61,6 @@ def train_worker(config: dict[str, Any], worker: Worker) -> None:
                 run.train()
             except _StopWanted:
                 run.checkpoint()
-            except TeacherUnavailable:
-                if worker.world == 1:  # several do not all wait at the same step
-                    run.checkpoint()
-                raise
 
 
 def is_evaluated(epoch: int, num_epochs: int, num_evaluations: int) -> bool:
@@ -140,7 +137,7 @@ class _Run:
                 self._post_stopped(student, student.stopped)
         while self.epoch < self.job.epochs and self._active:
             is_due = False
-            for batch, lesson in self.lessons.epoch(self.epoch, self.step):
+            for batch, lesson in self._lessons_left():
                 if self.worker.should_stop():
                     raise _StopWanted
                 self.train_on(batch, lesson)
@@ -151,6 +148,16 @@ class _Run:
                 if is_due and self.step < self._steps_per_epoch:
                     self.checkpoint()
             self._end_epoch(is_due)
+
+    def _lessons_left(self) -> Iterator[tuple[LabelledBatch, Lesson]]:
+        """Of this epoch. Where the patience with a silent teacher ends between two steps, what is trained is kept; several workers do not
+        all wait at the same step."""
+        try:
+            yield from self.lessons.epoch(self.epoch, self.step)
+        except TeacherUnavailable:
+            if self.worker.world == 1:
+                self.checkpoint()
+            raise
 
     @property
     def _active(self) -> list[Student]:

@@ -2,8 +2,8 @@
 
 Unit of data: one checkpoint. files -> names (`simclr_names.py`) -> network (`simclr_architecture.py`) -> place of the classifier
 (`simclr_classifier.py`) -> weights in torch's order -> `FOLDER/checkpoint` (a classifier, ready to be exported and served) or
-`FOLDER/pretrained` (backbone and projection head, ready to be fine-tuned). A pretrained file whose linear classifier looked on gives both,
-and `taken` says which of them is meant.
+`FOLDER/pretrained` (backbone and projection head, ready to be fine-tuned). A pretrained file whose linear classifier looked on gives both;
+`taken` says which of them is meant, and the classifier's card says that it looked on.
 Everything is read and checked before anything is written.
 """
 
@@ -32,6 +32,8 @@ from teacher_trainer.simclr_weights import classifier_weights, kept_head_layers,
 
 CLASSIFIER_FOLDER = "checkpoint"
 PRETRAINED_FOLDER = "pretrained"
+LOOKED_ON = "looked_on"
+"""In the origin of a classifier's card: it was trained beside pretraining, and is no teacher unless somebody says so."""
 
 Taken: TypeAlias = Literal["classifier", "pretrained"]
 
@@ -86,11 +88,18 @@ class SimclrFound:
             f"backbone: ResNet-{self.depth}, width x{self.width_multiplier:g}, {kernels}, {self.stem} stem, "
             f"{self.num_parameters / 1e6:.2f} M parameters",
             f"projection head: {head}",
-            f"classifier: {'none' if self.num_classes is None else f'{self.num_classes} classes after head layer {self.classifier_after}'}",
+            f"classifier: {self._classifier()}",
         ]
         if any(self.ignored.values()):
             lines.append("left out: " + ", ".join(f"{count} {kind}" for kind, count in sorted(self.ignored.items()) if count))
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+    def _classifier(self) -> str:
+        if self.num_classes is None:
+            return "none"
+        return f"{self.num_classes} classes " + (
+            "(left out)" if self.classifier_after is None else f"after head layer {self.classifier_after}"
+        )
 
 
 def import_simclr(
@@ -126,15 +135,17 @@ def import_simclr(
     check_image_size(checkpoint.network, image_size)
     step = checkpoint.step()
     purpose = find_purpose(checkpoint, step)
-    place = _place(checkpoint, classifier_after, purpose, step)
-    taken = _taken(checkpoint, purpose, place, take)
-    if taken == "pretrained":
-        place = place if take == "auto" and _names_fit(checkpoint, class_names) else None
-    elif not _names_fit(checkpoint, class_names):
+    taken = _taken(checkpoint, purpose, take)
+    if taken == "classifier" and not _names_fit(checkpoint, class_names):
+        other = (
+            ", or take: pretrained (--take pretrained) to fine-tune it on classes of your own" if _can_be_tuned(checkpoint, purpose) else ""
+        )
         raise ConfigError(
             f"{len(class_names or ())} class names are given, and the classifier in {checkpoint.files.prefix} has {checkpoint.num_classes}"
-            " classes: give one name for each, in the order of the logits"
+            f" classes: give one name for each, in the order of the logits{other}"
         )
+    left_out = taken == "pretrained" and (take == "pretrained" or not _names_fit(checkpoint, class_names))
+    place = None if left_out and checkpoint.num_classes is not None else _place(checkpoint, classifier_after, purpose, step)
     found = _found(checkpoint, purpose, place, step, class_names, use_ema, taken)
     origin = {"imported_from": f"SimCLR ({found.format})", "checkpoint": checkpoint.files.prefix.name, "step": step, "ema": use_ema}
     # All tensors are read, and their check sums compared, before anything is written.
@@ -148,7 +159,7 @@ def import_simclr(
             num_head_layers=kept_head_layers(checkpoint, place.after),
             class_names=tuple(class_names or map(str, range(found.num_classes or 0))),
             preprocessing=preprocessing,
-            origin=origin,
+            origin={**origin, **({LOOKED_ON: True} if taken == "pretrained" else {})},
         )
         _save_classifier(folder / CLASSIFIER_FOLDER, classifier, card)
     return found
@@ -158,18 +169,23 @@ def _names_fit(checkpoint: SimclrCheckpoint, class_names: Sequence[str] | None) 
     return class_names is None or checkpoint.num_classes in (None, len(class_names))
 
 
-def _taken(checkpoint: SimclrCheckpoint, purpose: Purpose, place: ClassifierPlace | None, take: Literal["auto"] | Taken) -> Taken:
+def _can_be_tuned(checkpoint: SimclrCheckpoint, purpose: Purpose) -> bool:
+    """Whether the projection head is there, as pretraining left it."""
+    return bool(checkpoint.num_head_layers) and purpose is not Purpose.FINE_TUNED
+
+
+def _taken(checkpoint: SimclrCheckpoint, purpose: Purpose, take: Literal["auto"] | Taken) -> Taken:
     prefix = checkpoint.files.prefix
-    can_be_tuned = bool(checkpoint.num_head_layers) and purpose is not Purpose.FINE_TUNED
-    if take == "classifier" and place is None:
+    if take == "classifier" and checkpoint.num_classes is None:
         raise CheckpointError(f"take: classifier, but {prefix} holds none; leave it out, and fine-tune what is there")
-    if take == "pretrained" and not can_be_tuned:
+    if take == "pretrained" and not _can_be_tuned(checkpoint, purpose):
         raise CheckpointError(
             f"take: pretrained, but {prefix} is fine-tuned or has no projection head; leave it out: its classifier is taken"
         )
     if take != "auto":
         return take
-    return "pretrained" if place is None or (purpose is Purpose.PRETRAINED and can_be_tuned) else "classifier"
+    looked_on = purpose is Purpose.PRETRAINED and _can_be_tuned(checkpoint, purpose)
+    return "pretrained" if checkpoint.num_classes is None or looked_on else "classifier"
 
 
 def _place(checkpoint: SimclrCheckpoint, given: int | None, purpose: Purpose, step: int | None) -> ClassifierPlace | None:
@@ -218,7 +234,8 @@ def _found(
 def _notes(checkpoint: SimclrCheckpoint, purpose: Purpose, place: ClassifierPlace | None, class_names: Sequence[str] | None) -> list[str]:
     """What was concluded, and what the user may want to say differently."""
     if place is None and checkpoint.num_classes is not None:
-        return [f"its classifier of {checkpoint.num_classes} classes, which looked on in pretraining, is left out"]
+        looked_on = ", which looked on in pretraining," if purpose is Purpose.PRETRAINED else ""
+        return [f"its classifier of {checkpoint.num_classes} classes{looked_on} is left out"]
     if place is None:
         return ["there is no classifier: fine-tune it" + (", the class list is not used" if class_names is not None else "")]
     notes = [f"the classifier is taken to sit after head layer {place.after} ({place.reason})"]

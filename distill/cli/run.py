@@ -151,8 +151,11 @@ class Run:
         """
         if self.file.import_ is None:
             raise ConfigError("the run file has no `import` section; see docs/run_file.md")
+        chosen = plain(self.file.import_)
+        if self.file.import_.take == "auto":
+            del chosen["take"]  # says nothing that the file does not
         settings = {
-            "import": plain(self.file.import_),
+            "import": chosen,
             "crops": self._crops,
             "teacher": plain(self.file.teacher),
             "class_names": list(self.class_names),

@@ -22,8 +22,8 @@ def sweep_table(rows: list[dict[str, Any]]) -> Table:
     for row in rows[:MOST_ROWS]:
         settings = ", ".join(f"{field}={value}" for field, value in row["settings"].items())
         score = "" if row["score"] is None else f"{row['score']:.4f}"
-        top1 = "" if row["top1"] is None else f"{row['top1']:.1%}"
-        latency = "" if row["latency_ms"] is None else f"{row['latency_ms']:.3g} ms"
+        top1 = f"{row['top1']:.1%}" if row.get("top1") is not None else ""  # a sweep of an earlier version has none
+        latency = f"{row['latency_ms']:.3g} ms" if row.get("latency_ms") is not None else ""
         parameters = f"{row['num_parameters']:,}"
         table.add_row(row["student"], settings, str(row["rung"]), score, top1, latency, parameters, row["ended"] or "at the end")
     return table

@@ -147,10 +147,11 @@ def teacher_digest(settings: ImportSettings) -> str:
         found = sorted(p for p in checkpoint.prefix.parent.iterdir() if p.name.startswith(f"{checkpoint.prefix.name}."))
         found += [checkpoint.graph] if checkpoint.graph else []
     else:
-        folders = (path, path / PLACES["classifier"], path / PLACES["pretrained"])
+        folders = [path, path / PLACES["classifier"], path / PLACES["pretrained"]]
+        if settings.take == "pretrained":
+            folders = [path, folders[2], folders[1]]
         said = (*(folder / MANIFEST for folder in folders), path / PLACES["teacher"])  # a manifest holds the sha256 of all beside it
-        there = [file for file in said if file.is_file()]
-        found = [path] if path.is_file() else there if settings.take == "pretrained" else there[:1]
+        found = [path] if path.is_file() else [file for file in said if file.is_file()][:1]
     if not found:
         raise ConfigError(f"import.path {path} does not exist, or is a folder without a checkpoint or model.onnx")
     return digest_of({file.name: file_sha256(file) for file in found})
@@ -240,14 +241,16 @@ def _pretrained_in(path: Path, take: Take) -> Path | None:
         CheckpointError: there is none of the kind that is to be taken.
     """
     folders = [folder for folder in (path, path / PLACES["classifier"], path / PLACES["pretrained"]) if (folder / MANIFEST).is_file()]
-    pretrained = [folder for folder in folders if read_manifest(folder).get("kind") == PRETRAINED]
+    manifests = {folder: read_manifest(folder) for folder in folders}
+    pretrained = [folder for folder in folders if manifests[folder].get("kind") == PRETRAINED]
     if take == "pretrained" and not pretrained:
         raise CheckpointError(f"take: pretrained, but {path} holds no pretrained checkpoint")
-    if take == "classifier" and folders == pretrained:
+    if take == "classifier" and pretrained and pretrained == folders:
         raise CheckpointError(f"take: classifier, but {path} holds none; leave it out, and fine-tune what is there")
-    if take == "pretrained" or (take == "auto" and folders[:1] == pretrained[:1]):
-        return pretrained[0] if pretrained else None
-    return None
+    if take == "classifier" or not pretrained:
+        return None
+    looked_on = folders[0] not in pretrained and manifests[folders[0]].get("card", {}).get("origin", {}).get("looked_on", False)
+    return pretrained[0] if take == "pretrained" or folders[0] in pretrained or looked_on else None
 
 
 def _pretrained(origin: Path, folder: Path, stated: StatedPreprocessing) -> Result:

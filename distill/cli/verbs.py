@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +171,7 @@ def _export(run: Run, stage: Stage, origin: Path, checkpoint: str, settings: Tea
         from distill.models.saved_classifier import load_classifier
         from export.contract import require_input_size
         from export.fingerprint import read_teacher_info
+        from export.large_models import model_bytes
         from export.parity_files import REPORT_FILE, report_of
         from export.teacher import TEACHER_FILE
         from export.teacher import export_teacher as export
@@ -194,7 +195,7 @@ def _export(run: Run, stage: Stage, origin: Path, checkpoint: str, settings: Tea
         console.print(f"  parity: {parity_line(parity)}")
         published = publish_exported(ready.parent, run.repository, tuned_settings(settings, run.folder, info.fingerprint))
         console.print(f"  parity gate passed; teacher {info.name}, fingerprint {info.fingerprint[:12]}, {published}", markup=False)
-        return {"fingerprint": info.fingerprint, "parity": parity, "size_bytes": ready.stat().st_size}
+        return {"fingerprint": info.fingerprint, "parity": parity, "size_bytes": model_bytes(ready)}
 
     return _once(stage, work)
 
@@ -256,7 +257,7 @@ def label(run: Run, teacher: TeacherAddress) -> Result:
 
     console.print("[bold]label[/bold]")
     job = run.distill_job(teacher, run.teacher, run.file.train)
-    _say_new_store(run, job)
+    _say_new_store(job)
     result = label_images(job, run.file.ray)
     store = result["store"]
     mean = store["size_bytes"] / max(1, store["num_labels"])
@@ -295,24 +296,20 @@ def sweep(run: Run, teacher: TeacherAddress) -> Result:
     return result
 
 
-def _say_new_store(run: Run, job: TrainJob) -> None:
+def _say_new_store(job: TrainJob) -> None:
     """Whoever changed teacher, crops, seed or images may not expect that every label is asked for again."""
-    from distill.errors import StoreError
-    from student_trainer.open_store import find_stores
+    from student_trainer.open_store import is_there
 
-    with suppress(StoreError):  # none there yet
-        others = find_stores(run.stores)
-        if job.store_folder not in others:
-            console.print(
-                f"  a new label store; the {len(others)} in {run.stores} are of another teacher, seed, crops or images", markup=False
-            )
+    assert job.store_folder is not None
+    if not is_there(job.store_folder):
+        console.print(f"  a new label store, of this teacher, seed, crops and images: {job.store_folder}", markup=False)
 
 
 def _train(run: Run, job: TrainJob, folder: Path, title: str) -> Result:
     from student_trainer.open_store import open_label_store
     from student_trainer.train import train_students
 
-    _say_new_store(run, job)
+    _say_new_store(job)
     result = train_students(job, run.file.ray, folder, title, run.file.monitor)
     return {**result, "store": open_label_store(job).stats().model_dump(), "store_folder": job.store_folder}
 

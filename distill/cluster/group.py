@@ -125,7 +125,10 @@ def _trainer(order: dict[str, Any], settings: RaySettings, folder: Path) -> Torc
 
 
 def _work(order: dict[str, Any]) -> None:
-    """What Ray Train calls in every worker. A typed error goes to the board and ends the run; others make Ray start the group again."""
+    """What Ray Train calls in every worker. A typed error goes to the board and ends the run; others make Ray start the group again.
+
+    A worker that is alone then ends as if it were done: so Ray registers its last checkpoint, and the driver finds the error on the board.
+    """
     board: BoardHandle = order["board"]
     if ray.get(board.failure.remote()) is not None:
         return  # restarted after an error that no restart mends
@@ -136,7 +139,8 @@ def _work(order: dict[str, Any]) -> None:
         order["entry"](order["config"], worker)
     except DistillError as error:
         report_failure(board, error)
-        raise
+        if worker.world > 1:  # the others must not wait for it
+            raise
 
 
 class RayWorker:

@@ -103,7 +103,11 @@ def listed_subset(labels: Mapping[str, int], path: Path, class_names: Sequence[s
 
 
 def _with_folders(listed: set[str], labels: Mapping[str, int]) -> set[str]:
-    """Bare file names, as the authors' own lists have them, become the ids of the images that are called so, where that is one image."""
+    """Bare file names, as the authors' own lists have them, become the ids of the images that are called so.
+
+    Raises:
+        SourceError: several are called so.
+    """
     bare = {name for name in listed if name not in labels and "/" not in name}
     if not bare:
         return listed
@@ -112,7 +116,12 @@ def _with_folders(listed: set[str], labels: Mapping[str, int]) -> set[str]:
         name = image_id.rpartition("/")[2]
         if name in bare:
             found.setdefault(name, []).append(image_id)
-    return {found[name][0] if len(found.get(name, ())) == 1 else name for name in listed}
+    several = sorted(name for name, ids in found.items() if len(ids) > 1)
+    if several:
+        raise SourceError(
+            f"{several[0]!r} in the list of labelled images stands for {len(found[several[0]])} images; say its folder as well"
+        )
+    return {found.get(name, [name])[0] for name in listed}
 
 
 def read_ids(path: Path) -> set[str]:

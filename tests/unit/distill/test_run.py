@@ -27,7 +27,7 @@ from distill.models.saved_classifier import ClassifierCard, save_classifier
 from distill.models.settings import NetworkSettings
 from distill.stages import Stage
 from distill.teacher_info import Preprocessing
-from student_trainer.store import SoftLabelStore, StoreIdentity
+from student_trainer.store import SoftLabelStore
 from teacher_server.address import TeacherAddress
 
 NETWORK = {"name": "resnet", "depth": 10, "width_multiplier": 0.125, "stem": "cifar"}
@@ -242,6 +242,9 @@ class TestImports:
             made[take] = verbs.import_teacher(run)["made"]
             assert (run.origin.name == "finetune") == (made[take] == "pretrained")
         assert made == {"auto": "classifier", "classifier": "classifier", "pretrained": "pretrained"}
+        card = card.replace(origin={"looked_on": True})
+        save_classifier(tmp_path / "other" / "checkpoint", build_classifier(TEACHER, 2, card.preprocessing), card)
+        assert verbs.import_teacher(run_of(imported, f"run_dir={tmp_path / 'looked on'}"))["made"] == "pretrained"
         shutil.rmtree(tmp_path / "other" / "pretrained")
         with pytest.raises(CheckpointError, match=r"take: pretrained, but .* holds no pretrained checkpoint"):
             verbs.import_teacher(run_of(imported, "import.take=pretrained", f"run_dir={tmp_path / 'none'}"))
@@ -317,14 +320,16 @@ def test_bad_input_is_refused_before_what_is_finished_moves(tree: dict[str, Any]
     assert not (good.folder / "old").exists()
 
 
-def test_a_new_store_beside_others_is_said(tree: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    run = run_of(tree)
-    job = run.job("distill", run.file.train)
-    ours, other = (f"{run.stores}/{name}" for name in ("ours", "other"))
-    verbs._say_new_store(run, job.replace(store_folder=ours))
-    assert capsys.readouterr().out == "", "none is there"
-    SoftLabelStore(other, StoreIdentity(fingerprint="f" * 64, num_classes=2, recipe=job.recipe, seed=0, images="x"))
-    verbs._say_new_store(run, job.replace(store_folder=ours))
-    assert "a new label store; the 1 in" in capsys.readouterr().out
-    verbs._say_new_store(run, job.replace(store_folder=other))
+def test_a_new_store_is_said(tree: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the run folder is relative, as in every recipe."""
+    monkeypatch.chdir(Path(tree["run_dir"]).parent)
+    run = run_of(tree, "run_dir=run")
+    finish(run.first_teacher, fingerprint="f" * 64)
+    job = run.distill_job(TeacherAddress(model="x", repository="y"), run.first_teacher, run.file.train)
+    for _ in range(2):
+        verbs._say_new_store(job)
+        assert "a new label store, of this teacher" in capsys.readouterr().out
+    assert job.store_identity is not None
+    SoftLabelStore(str(job.store_folder), job.store_identity)
+    verbs._say_new_store(job)
     assert capsys.readouterr().out == ""

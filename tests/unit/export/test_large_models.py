@@ -10,11 +10,12 @@ import numpy as np
 import onnx
 import pytest
 
-from distill.errors import BadInput, ConfigError, FingerprintMismatch, StageMissing
-from export import large_models
+from distill.errors import BadInput, ConfigError, FingerprintMismatch, ParityError, StageMissing
+from export import large_models, teacher
 from export.fingerprint import read_teacher_info
 from export.graph import save_model
 from export.imports import adopt_teacher, import_onnx
+from export.large_models import model_bytes
 from export.settings import TeacherExportSettings
 from export.teacher import export_teacher, publish_teacher
 from teacher_server.embedded import EmbeddedTeacher
@@ -33,11 +34,11 @@ def weights_in(folder: Path) -> list[str]:
 
 def logits_of(repository: Path, crops: Any) -> Any:
     async def ask() -> Any:
-        teacher = EmbeddedTeacher.from_repository(repository, "tiny")
+        served = EmbeddedTeacher.from_repository(repository, "tiny")
         try:
-            return await teacher.logits(crops)
+            return await served.logits(crops)
         finally:
-            await teacher.close()
+            await served.close()
 
     return asyncio.run(ask())
 
@@ -82,6 +83,36 @@ def test_another_teacher_in_its_place_takes_its_weights_along(
     assert len(weights_in(folder)) == len(weights_in(served.model.parent)) == 1
     assert weights_in(served.model.parent) != before
     assert not np.allclose(logits_of(repository, crops[:4]), said)
+
+
+def test_an_older_teacher_keeps_its_weights_until_another_has_passed(
+    network: Any, preprocessing: Any, class_names: Any, crops: Any, image_ids: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gate that refuses, a crash between weights and model, and a smaller teacher at last."""
+    info = export_teacher(network, preprocessing, class_names, crops, image_ids, tmp_path, SETTINGS)
+    kept = weights_in(tmp_path)
+    network.body[0].weight.data *= 1.5
+    with monkeypatch.context() as patched:
+        patched.setattr(teacher, "torch_reference", lambda network: lambda crops_BHWC: np.zeros((len(crops_BHWC), 5)))
+        with pytest.raises(ParityError):
+            export_teacher(network, preprocessing, class_names, crops, image_ids, tmp_path, SETTINGS)
+    assert (weights_in(tmp_path), read_teacher_info(tmp_path / "model.onnx")) == (kept, info)
+    with monkeypatch.context() as patched:
+        patched.setattr("export.graph.write_atomically", _killed)
+        with pytest.raises(KeyboardInterrupt):
+            save_model(onnx.load(tmp_path / "model.onnx"), tmp_path / "unchecked.onnx")
+        (tmp_path / "0123456789abcdef.weights").write_bytes(b"of a process that died")
+        (tmp_path / "somebody's.weights").write_bytes(b"not ours")
+    large_models.sweep_weights(tmp_path)
+    assert (weights_in(tmp_path), read_teacher_info(tmp_path / "model.onnx")) == (sorted([*kept, "somebody's.weights"]), info)
+    assert model_bytes(tmp_path / "model.onnx") == sum((tmp_path / name).stat().st_size for name in ("model.onnx", *kept))
+    monkeypatch.setattr(large_models, "MAX_FILE_BYTES", 2**30)
+    export_teacher(network, preprocessing, class_names, crops, image_ids, tmp_path, SETTINGS)
+    assert weights_in(tmp_path) == ["somebody's.weights"]
+
+
+def _killed(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def test_altered_or_missing_weights_are_found(

@@ -363,6 +363,29 @@ def test_when_patience_ends_what_is_trained_is_kept(
     assert_same(run(job, tmp_path / "run")[0], whole)
 
 
+def test_patience_that_ends_at_a_rung_goes_back_to_the_checkpoint_before(
+    job_of: JobOf, tmp_path: Path, teachers: list[FakeTeacher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between a step and its rung there is no state to go on from."""
+
+    class Leaving(FakeTeacher):
+        """Knows the training crops, and not the held-out ones."""
+
+        async def _infer(self, *question: Any) -> dict[str, Any]:
+            self.unavailable_calls = 10**9 if len(self.calls) == 4 else self.unavailable_calls
+            return await super()._infer(*question)
+
+    monkeypatch.setattr(lessons, "open_teacher", lambda address: Leaving(len(CLASSES)))
+    job = job_of(teacher_patience_s=0.1, requests_in_flight=1, early_stop={"patience": 1}, num_evaluations=2, epochs=2)
+    job = job.replace(epochs=2)
+    with pytest.raises(TeacherUnavailable):
+        run(job, tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoint").exists()
+    monkeypatch.setattr(lessons, "open_teacher", lambda address: FakeTeacher(len(CLASSES)))
+    whole, _ = run(job, tmp_path / "whole")
+    assert_same(run(job, tmp_path / "run")[0], whole)
+
+
 def run_pair(job: TrainJob, folder: Path, *stop_after: int) -> Checkpoint:
     """As `run`, in two processes."""
     script = Path(__file__).with_name("train_in_processes.py")

@@ -245,6 +245,7 @@ def test_tf1_pretrained_with_everything_beside_the_weights(tf: Any, tmp_path: Pa
     check_same(official, tmp_path / "out", found)  # the classifier that looked on
     check_pretrained(official, tmp_path / "out", offset=0)
     assert found.taken == "pretrained"  # such a classifier is no teacher
+    assert load_classifier(tmp_path / "out" / "checkpoint").card.origin["looked_on"] is True
     import_into(tmp_path / "model.ckpt-250228", tmp_path / "ema", use_ema=True)
     check_pretrained(official, tmp_path / "ema", offset=1)
 
@@ -275,11 +276,20 @@ def test_a_classifier_that_looked_on_is_in_nobodys_way(tf: Any, tmp_path: Path) 
         found = import_into(tmp_path / "m", folder, **given)
         assert (found.taken, found.classifier_after) == ("pretrained", None)
         assert f"its classifier of {official.num_classes} classes, which looked on in pretraining, is left out" in found.describe()
+        assert f"classifier: {official.num_classes} classes (left out)" in found.describe()
         assert [path.name for path in folder.iterdir()] == ["pretrained"]
     assert load_checkpoint(folder / "pretrained").manifest["preprocessing"]["mean"] == [0, 0, 0]
     assert import_into(tmp_path / "m", tmp_path / "taken", take="classifier").taken == "classifier"
     with pytest.raises(ConfigError, match="3 class names are given"):
         import_into(tmp_path / "m", tmp_path / "x", take="classifier", class_names=["a", "b", "c"])
+
+
+def test_where_nothing_tells_own_classes_need_a_word(tf: Any, tmp_path: Path) -> None:
+    tf.write_bundle(tmp_path / "m", tf.network(depth=18).tf1() | {"global_step": np.array(999)})
+    with pytest.raises(ConfigError, match=r"3 class names are given.*or take: pretrained \(--take pretrained\) to fine-tune it"):
+        import_into(tmp_path / "m", tmp_path / "x", class_names=["a", "b", "c"])
+    found = import_into(tmp_path / "m", tmp_path / "out", class_names=["a", "b", "c"], take="pretrained")
+    assert (found.taken, "looked on" in found.describe()) == ("pretrained", False)
 
 
 def test_what_is_to_be_taken_must_be_there(tf: Any, tmp_path: Path) -> None:
