@@ -116,26 +116,38 @@ def test_stored_labels_against_the_teacher(finished: tuple[Line, str], tmp_path:
     assert line.run("store verify", *ours, "--against-teacher", "40", "--repair").returncode == 2
 
 
+def owners(claims: Path) -> set[str]:
+    """Who holds a claim just now."""
+    found = set()
+    for path in claims.glob("*/*.json"):
+        with suppress(OSError, ValueError, KeyError):  # given back, or being written
+            found.add(json.loads(path.read_text())["owner"])
+    return found
+
+
 def test_two_labelling_jobs_at_once_of_which_one_is_killed(
     finished: tuple[Line, str], tmp_path: Path, wait_until: Callable[..., Any], kept_by: Callable[[Line], Any]
 ) -> None:
     """Two whole commands, each with its own Ray and its own teacher, on one empty store: every label once."""
-    views = 5
-    lines = [finished[0].copy(tmp_path / name, f"train.num_views={views}", f"store.path={tmp_path / 'store'}") for name in "ab"]
-    lines[1].mark = uuid.uuid4().hex  # its processes are told from the other's
-    processes = [line.start("label") for line in lines]
-    wait_until(lambda: list((tmp_path / "store").glob("*/view-*/*.parquet")), processes[0])
-    for pid in lines[1].processes():
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    processes[1].communicate()
-    out, err = processes[0].communicate(timeout=300)
+    views = 30  # so many that the first is still at work when the second begins
+    one, two = (finished[0].copy(tmp_path / name, f"train.num_views={views}", f"store.path={tmp_path / 'store'}") for name in "ab")
+    two.mark = uuid.uuid4().hex  # its processes are told from the other's
+    processes = [line.start("label") for line in (one, two)]
+    try:
+        wait_until(lambda: any(len(owners(claims)) > 1 for claims in (tmp_path / "store").glob("*/claims")), processes[0])
+    finally:
+        while pids := two.processes():  # some are born while others die
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.1)
+        processes[1].communicate(timeout=60)
+    out, err = processes[0].communicate(timeout=600)
     assert processes[0].returncode == 0, err[-3000:]
     assert f"store: {views * NUM_IMAGES} labels" in out
-    run = lines[0].folder
-    shutil.rmtree(run / "store")
-    (tmp_path / "store").rename(run / "store")
-    labels = kept_by(lines[0]).labels
+    shutil.rmtree(one.folder / "store")
+    (tmp_path / "store").rename(one.folder / "store")
+    labels = kept_by(one).labels
     assert len(labels) == views * NUM_IMAGES
     assert set(labels.values()) == {1}
 

@@ -4,7 +4,8 @@ A kill comes at the latest when its share of the steps is done, so that a quick 
 
 The run must end where the undisturbed one ends: every label once, every batch trained on once, and with one worker the same weights to the
 last bit; with two, students as good within the noise of the test images.
-`DISTILL_KILLS` says how many kills (docs/training.md says what was run), `DISTILL_OUTAGE_S` for how long Triton stays away once.
+Every victim has its turn. `DISTILL_KILLS` says how many kills with one worker (docs/training.md says what was run; with two it is one of
+each), `DISTILL_OUTAGE_S` for how long Triton stays away once.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ class Chaos:
     num_kills: int = NUM_KILLS
     random: random.Random = field(default_factory=lambda: random.Random(SEED))
     killed: Counter[str] = field(default_factory=Counter)
+    turns: list[str] = field(default_factory=list)
+    """Who is killed next, last first."""
 
     def go(self) -> None:
         """Run `distill train` to its end, with `num_kills` kills on the way or, if it ends before, as many as there was time for."""
@@ -97,7 +100,8 @@ class Chaos:
 
     def _kill(self, process: subprocess.Popen[str]) -> subprocess.Popen[str]:
         """One kill; it counts only if it hit somebody."""
-        victim = self.random.choice(VICTIMS)
+        self.turns = self.turns or self.random.sample(VICTIMS, len(VICTIMS))
+        victim = self.turns.pop()
         if victim == "driver":
             process.kill()
             process.communicate()
@@ -150,7 +154,7 @@ def test_many_kills_change_nothing(
     undisturbed = prepared.copy(tmp_path / "undisturbed", *asked)
     undisturbed.done("train")
     line = prepared.copy(tmp_path / "disturbed", *asked)
-    chaos = Chaos(line, triton, wait_until, NUM_KILLS if num_workers == 1 else 2)
+    chaos = Chaos(line, triton, wait_until, NUM_KILLS if num_workers == 1 else len(VICTIMS))
     chaos.go()
     logger.info("killed: %s", dict(chaos.killed))
     assert chaos.step() > NUM_STEPS // 2  # the journal is read rightly
@@ -164,3 +168,33 @@ def test_many_kills_change_nothing(
     assert {name: pytest.approx(top1, abs=0.05) for name, top1 in before["top1"].items()} == after["top1"]
     assert found.totals["images"] == expected.totals["images"]
     line.wait_for_nothing(timeout_s=90)
+
+
+def test_when_patience_ends_what_was_trained_is_kept(
+    prepared: Line, triton: TritonProcess, tmp_path: Path, wait_until: Callable[..., Any], kept_by: Callable[[Line], Kept]
+) -> None:
+    """The only checkpoint of the first epoch is the one that the end of the patience leaves."""
+    epochs = 2
+    line = prepared.copy(
+        tmp_path / "run",
+        *(f"server.triton.url={triton.url}", "server.backend=triton", f"train.epochs={epochs}"),
+        *("train.teacher_patience_s=3", "train.checkpoint_every_steps=100000"),
+    )
+    process = line.start("train")
+    journal = line.folder / "train" / "metrics.jsonl"
+    wait_until(lambda: journal.exists() and '"kind": "step"' in journal.read_text(), process)
+    assert triton.server_pid is not None
+    os.kill(triton.server_pid, signal.SIGKILL)
+    try:
+        _, err = process.communicate(timeout=240)
+    finally:
+        triton.restart()
+    assert process.returncode == 1
+    assert "limit train.teacher_patience_s=3" in err
+    manifests = [json.loads(path.read_text()) for path in line.folder.glob("train/ray/checkpoint_*/students/manifest.json")]
+    last = max(manifests, key=lambda manifest: (manifest["epoch"], manifest["step"]))
+    assert 0 < last["totals"]["images"] == (last["epoch"] * 20 + last["step"]) * 100
+    line.done("train", "train.teacher_patience_s=60")
+    kept = kept_by(line)
+    assert set(kept.labels.values()) == {1}
+    assert kept.totals["images"] == epochs * 2000
