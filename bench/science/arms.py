@@ -132,10 +132,10 @@ def self_training(setting: Setting) -> TrainSettings:
 
 
 def small_training(setting: Setting, images: str = "unlabelled", alpha: float = 1.0, temperature: float = 1.0) -> TrainSettings:
-    """The small network on a teacher's soft labels; the rate goes with the temperature."""
+    """The small network on a teacher's soft labels, at temperature 1 or 0.1, with which the rate goes."""
     return TrainSettings.model_validate(
         {
-            "students": [StudentSettings(name="small", network=STUDENT, optimizer=sgd(0.1 * temperature, 1e-4))],
+            "students": [StudentSettings(name="small", network=STUDENT, optimizer=sgd(0.01 if temperature == 0.1 else 0.1, 1e-4))],
             "images": images,
             "alpha": alpha,
             "epochs": setting.distill_epochs,
