@@ -112,19 +112,21 @@ SETTINGS = {
 }
 
 
+_RATES = {0.1: 0.01, 1.0: 0.1}
+"""Temperature of distillation -> SGD's rate."""
 VIEWS = 10
 """Different crops of each image in distillation; later epochs read the labels of the first ten."""
 
 
-def self_training(setting: Setting) -> TrainSettings:
-    """The teacher's own network on its soft labels, at the paper's temperature."""
+def self_training(setting: Setting, temperature: float = 0.1) -> TrainSettings:
+    """The teacher's own network on its soft labels, at the paper's temperature or at 1."""
     return TrainSettings(
-        students=[StudentSettings(name="self-distilled", network=TEACHER, optimizer=sgd(0.01, 1e-4))],
+        students=[StudentSettings(name="self-distilled", network=TEACHER, optimizer=sgd(_RATES[temperature], 1e-4))],
         epochs=setting.self_distill_epochs,
         num_views=VIEWS,
         global_batch=128,
         min_area=setting.min_area,
-        temperature=0.1,
+        temperature=temperature,
         num_evaluations=1,
         control=False,
         precision=PRECISION,
@@ -132,10 +134,10 @@ def self_training(setting: Setting) -> TrainSettings:
 
 
 def small_training(setting: Setting, images: str = "unlabelled", alpha: float = 1.0, temperature: float = 1.0) -> TrainSettings:
-    """The small network on a teacher's soft labels, at temperature 1 or 0.1, with which the rate goes."""
+    """The small network on a teacher's soft labels."""
     return TrainSettings.model_validate(
         {
-            "students": [StudentSettings(name="small", network=STUDENT, optimizer=sgd(0.01 if temperature == 0.1 else 0.1, 1e-4))],
+            "students": [StudentSettings(name="small", network=STUDENT, optimizer=sgd(_RATES[temperature], 1e-4))],
             "images": images,
             "alpha": alpha,
             "epochs": setting.distill_epochs,
@@ -171,6 +173,11 @@ class Arms:
     def teacher_self_distilled(self) -> Result:
         """The same network again, from random weights, on the fine-tuned teacher's soft labels of all images, at temperature 0.1."""
         return self._self_distilled().result["scores"]["self-distilled"]
+
+    def teacher_self_distilled_at_1(self) -> Result:
+        """The same at temperature 1, to see what the paper's temperature does here."""
+        made = self.stages.distill(self.stages.serve(self._finetuned()), self_training(self.setting, 1.0), self.fraction)
+        return made.result["scores"]["self-distilled"]
 
     def student_supervised(self) -> Result:
         """The small network, from random weights, on the labels alone."""
@@ -225,6 +232,7 @@ ARMS: dict[str, Callable[[Arms], Result]] = {
     "teacher, pretrained, linear": Arms.teacher_linear,
     "teacher, pretrained + fine-tuned": Arms.teacher_finetuned,
     "teacher, + self-distilled": Arms.teacher_self_distilled,
+    "teacher, + self-distilled at temperature 1": Arms.teacher_self_distilled_at_1,
     "student, supervised only": Arms.student_supervised,
     "student, distilled on labelled images only": Arms.student_labelled_only,
     "student, distilled on all images": Arms.student_distilled,

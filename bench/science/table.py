@@ -22,6 +22,7 @@ Cell = dict[str, Any]
 PAIRS = (
     ("pretraining helps the teacher", "teacher, pretrained + fine-tuned", "teacher, supervised only"),
     ("self-distillation helps the teacher", "teacher, + self-distilled", "teacher, pretrained + fine-tuned"),
+    ("so it does at temperature 1", "teacher, + self-distilled at temperature 1", "teacher, pretrained + fine-tuned"),
     ("distillation helps the student", "student, distilled on all images", "student, supervised only"),
     ("so it does without self-distillation", "student, distilled from the fine-tuned teacher", "student, supervised only"),
     ("unlabelled images matter", "student, distilled on all images", "student, distilled on labelled images only"),
