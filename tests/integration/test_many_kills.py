@@ -67,8 +67,8 @@ class Chaos:
             out, err = process.communicate(timeout=120 + 60 * EPOCHS)  # all of it anew, and more
             if process.returncode == 0:
                 return
-            # More workers were killed than Ray starts again: the same command goes on.
-            assert "run it again" in err, f"{out[-3000:]}\n{err[-3000:]}"
+            # More workers were killed than Ray starts again, or Triton while the driver started: the same command goes on.
+            assert "run it again" in err or "gives no label" in err, f"{out[-3000:]}\n{err[-3000:]}"
             process = self.line.start("train")
 
     def _work_for(self, process: subprocess.Popen[str], seconds: float) -> bool:
