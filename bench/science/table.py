@@ -22,19 +22,20 @@ Cell = dict[str, Any]
 PAIRS = (
     ("pretraining helps the teacher", "teacher, pretrained + fine-tuned", "teacher, supervised only"),
     ("self-distillation helps the teacher", "teacher, + self-distilled", "teacher, pretrained + fine-tuned"),
-    ("so it does at temperature 1", "teacher, + self-distilled at temperature 1", "teacher, pretrained + fine-tuned"),
+    ("the same at temperature 1", "teacher, + self-distilled at temperature 1", "teacher, pretrained + fine-tuned"),
     ("distillation helps the student", "student, distilled on all images", "student, supervised only"),
-    ("so it does without self-distillation", "student, distilled from the fine-tuned teacher", "student, supervised only"),
+    ("the same at temperature 0.1", "student, distilled on all images at temperature 0.1", "student, supervised only"),
+    ("the same without self-distillation", "student, distilled from the fine-tuned teacher", "student, supervised only"),
     ("unlabelled images matter", "student, distilled on all images", "student, distilled on labelled images only"),
     ("a self-distilled teacher teaches better", "student, distilled on all images", "student, distilled from the fine-tuned teacher"),
     (
-        "at the temperature at which it has learnt, too",
+        "the same at temperature 0.1",
         "student, distilled on all images at temperature 0.1",
-        "student, distilled on all images",
+        "student, distilled from the fine-tuned teacher",
     ),
     ("labels beside soft labels help", "student, distilled + labels (alpha 0.5)", "student, distilled on all images"),
 )
-"""(what is asked, the arm that should be better, the arm it is compared with). All but the temperature is in the paper."""
+"""(what is asked, the arm that should be better, the arm it is compared with). All but the other temperatures is in the paper."""
 
 
 def write_table(results: Path, arms: Sequence[str]) -> list[Path]:
