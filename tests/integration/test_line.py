@@ -129,7 +129,7 @@ def test_two_labelling_jobs_at_once_of_which_one_is_killed(
     finished: tuple[Line, str], tmp_path: Path, wait_until: Callable[..., Any], kept_by: Callable[[Line], Any]
 ) -> None:
     """Two whole commands, each with its own Ray and its own teacher, on one empty store: every label once."""
-    views = 30  # so many that the first is still at work when the second begins
+    views = 16  # so many that the first is still at work when the second begins
     one, two = (finished[0].copy(tmp_path / name, f"train.num_views={views}", f"store.path={tmp_path / 'store'}") for name in "ab")
     two.mark = uuid.uuid4().hex  # its processes are told from the other's
     processes = [line.start("label") for line in (one, two)]
