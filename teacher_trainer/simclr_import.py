@@ -22,7 +22,7 @@ from distill.config import validate
 from distill.errors import CheckpointError, ConfigError
 from distill.models.classifier import build_classifier, check_image_size
 from distill.models.resnet import Stem
-from distill.models.saved_classifier import ClassifierCard, save_classifier
+from distill.models.saved_classifier import LOOKED_ON, ClassifierCard, save_classifier
 from distill.models.settings import NetworkSettings
 from distill.teacher_info import Preprocessing
 from teacher_trainer.simclr_checkpoint import SimclrCheckpoint, open_simclr
@@ -32,8 +32,6 @@ from teacher_trainer.simclr_weights import classifier_weights, kept_head_layers,
 
 CLASSIFIER_FOLDER = "checkpoint"
 PRETRAINED_FOLDER = "pretrained"
-LOOKED_ON = "looked_on"
-"""In the origin of a classifier's card: it was trained beside pretraining, and is no teacher unless somebody says so."""
 
 Taken: TypeAlias = Literal["classifier", "pretrained"]
 
@@ -137,9 +135,8 @@ def import_simclr(
     purpose = find_purpose(checkpoint, step)
     taken = _taken(checkpoint, purpose, take)
     if taken == "classifier" and not _names_fit(checkpoint, class_names):
-        other = (
-            ", or take: pretrained (--take pretrained) to fine-tune it on classes of your own" if _can_be_tuned(checkpoint, purpose) else ""
-        )
+        way_out = ", or take: pretrained (--take pretrained) to fine-tune it on classes of your own"
+        other = way_out if _can_be_tuned(checkpoint, purpose) else ""
         raise ConfigError(
             f"{len(class_names or ())} class names are given, and the classifier in {checkpoint.files.prefix} has {checkpoint.num_classes}"
             f" classes: give one name for each, in the order of the logits{other}"
@@ -149,7 +146,7 @@ def import_simclr(
     found = _found(checkpoint, purpose, place, step, class_names, use_ema, taken)
     origin = {"imported_from": f"SimCLR ({found.format})", "checkpoint": checkpoint.files.prefix.name, "step": step, "ema": use_ema}
     # All tensors are read, and their check sums compared, before anything is written.
-    contrastive = pretrained_weights(checkpoint) if checkpoint.num_head_layers and purpose is not Purpose.FINE_TUNED else None
+    contrastive = pretrained_weights(checkpoint) if _can_be_tuned(checkpoint, purpose) else None
     classifier = None if place is None else classifier_weights(checkpoint, place.after)
     if contrastive is not None:
         save_checkpoint(folder / PRETRAINED_FOLDER, contrastive, _pretrained_manifest(found, preprocessing, origin))

@@ -20,7 +20,7 @@ from distill.class_lists import repeated
 from distill.config import digest_of, validate
 from distill.errors import CheckpointError, ConfigError, ParityError
 from distill.models.arch_names import arch_name
-from distill.models.saved_classifier import ClassifierCard
+from distill.models.saved_classifier import LOOKED_ON, ClassifierCard
 from distill.models.settings import NetworkSettings
 from distill.teacher_info import Preprocessing
 from export.parity_files import FAILED_REPORT_FILE, REPORT_FILE, WORST_FOLDER
@@ -249,7 +249,7 @@ def _pretrained_in(path: Path, take: Take) -> Path | None:
         raise CheckpointError(f"take: classifier, but {path} holds none; leave it out, and fine-tune what is there")
     if take == "classifier" or not pretrained:
         return None
-    looked_on = folders[0] not in pretrained and manifests[folders[0]].get("card", {}).get("origin", {}).get("looked_on", False)
+    looked_on = folders[0] not in pretrained and manifests[folders[0]].get("card", {}).get("origin", {}).get(LOOKED_ON, False)
     return pretrained[0] if take == "pretrained" or folders[0] in pretrained or looked_on else None
 
 

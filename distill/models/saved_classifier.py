@@ -17,6 +17,8 @@ from distill.teacher_info import Preprocessing
 
 CLASSIFIER = "classifier"
 """`kind` in the manifest."""
+LOOKED_ON = "looked_on"
+"""In the origin of a card: the classifier was trained beside pretraining, and is no teacher unless somebody says so."""
 
 
 class ClassifierCard(Section):

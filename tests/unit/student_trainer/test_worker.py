@@ -343,17 +343,22 @@ def test_a_wish_to_stop_is_heard_while_the_teacher_is_silent(
     assert_same(run(job_of(), tmp_path / "run")[0], whole)
 
 
+class Leaving(FakeTeacher):
+    """Answers a number of questions, and then nobody any more."""
+
+    def __init__(self, answers: int) -> None:
+        super().__init__(len(CLASSES))
+        self._answers = answers
+
+    async def _infer(self, *question: Any) -> dict[str, Any]:
+        self.unavailable_calls = 10**9 if len(self.calls) == self._answers else self.unavailable_calls
+        return await super()._infer(*question)
+
+
 def test_when_patience_ends_what_is_trained_is_kept(
     job_of: JobOf, tmp_path: Path, teachers: list[FakeTeacher], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Leaving(FakeTeacher):
-        """Answers two batches, and then nobody any more."""
-
-        async def _infer(self, *question: Any) -> dict[str, Any]:
-            self.unavailable_calls = 10**9 if len(self.calls) == 2 else self.unavailable_calls
-            return await super()._infer(*question)
-
-    monkeypatch.setattr(lessons, "open_teacher", lambda address: Leaving(len(CLASSES)))
+    monkeypatch.setattr(lessons, "open_teacher", lambda address: Leaving(2))
     job = job_of(teacher_patience_s=0.1, requests_in_flight=1)
     with pytest.raises(TeacherUnavailable, match=r"limit train\.teacher_patience_s=0\.1"):
         run(job, tmp_path / "run")
@@ -367,15 +372,7 @@ def test_patience_that_ends_at_a_rung_goes_back_to_the_checkpoint_before(
     job_of: JobOf, tmp_path: Path, teachers: list[FakeTeacher], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between a step and its rung there is no state to go on from."""
-
-    class Leaving(FakeTeacher):
-        """Knows the training crops, and not the held-out ones."""
-
-        async def _infer(self, *question: Any) -> dict[str, Any]:
-            self.unavailable_calls = 10**9 if len(self.calls) == 4 else self.unavailable_calls
-            return await super()._infer(*question)
-
-    monkeypatch.setattr(lessons, "open_teacher", lambda address: Leaving(len(CLASSES)))
+    monkeypatch.setattr(lessons, "open_teacher", lambda address: Leaving(4))  # the training crops of an epoch, not the held-out ones
     job = job_of(teacher_patience_s=0.1, requests_in_flight=1, early_stop={"patience": 1}, num_evaluations=2, epochs=2)
     job = job.replace(epochs=2)
     with pytest.raises(TeacherUnavailable):
