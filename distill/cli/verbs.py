@@ -12,12 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from distill.cli.run import Run
+from distill.cli.run_crops import crops_of_test_images, sample_crops
 from distill.cli.tuning_file import tuned_settings
-from distill.errors import ConfigError, ParityError, SourceError
+from distill.errors import ConfigError, ParityError
 from distill.progress import console
 from distill.stages import Stage
 from export.settings import TeacherExportSettings
@@ -132,7 +130,7 @@ def import_teacher(run: Run) -> Result:
             class_names=run.class_names,
             preprocessing=file.data.preprocessing,
             teacher=file.teacher,
-            sample=lambda preprocessing: _sample_crops(run, file.teacher.num_crops),
+            sample=lambda preprocessing: sample_crops(run, file.teacher.num_crops),
         )
         for line in describe(result, folder):
             console.print(f"  {line}", markup=False)
@@ -181,7 +179,7 @@ def _export(run: Run, stage: Stage, origin: Path, checkpoint: str, settings: Tea
             saved = load_classifier(origin / checkpoint)
             card = saved.card
             require_input_size(card.preprocessing, settings.input_size, run.file.data.image_size, str(origin))
-            crops, ids = _sample_crops(run, settings.num_crops)
+            crops, ids = sample_crops(run, settings.num_crops)
             with table_of_failed_parity(folder):
                 export(saved.network, card.preprocessing, card.class_names, crops, ids, folder, settings)
             ready = folder / TEACHER_FILE
@@ -211,20 +209,6 @@ def self_distill(run: Run) -> Result:
     result = _once(run.self_distill, work)
     _export(run, run.second_teacher, run.self_distill.folder, f"students/{SELF_DISTILLED}", run.second_name)
     return result
-
-
-def _sample_crops(run: Run, count: int) -> tuple[npt.NDArray[np.uint8], list[str]]:
-    """The evaluation crops of the first `count` usable unlabelled images, and their ids."""
-    from distill.evaluation import evaluation_batches
-    from distill.image_sets import open_unlabelled
-
-    crops, ids = [], list[str]()
-    for batch in evaluation_batches(open_unlabelled(run.file.data), run.file.data, run.rejections()):
-        crops.append(batch.crops_VBHWC[0])
-        ids += batch.image_ids
-        if len(ids) >= count:
-            break
-    return np.concatenate(crops)[:count], ids[:count]
 
 
 @contextmanager
@@ -366,9 +350,9 @@ def export_student(run: Run) -> Result:
     def work(folder: Path) -> Result:
         from distill.cli.edge_export import export_one
 
-        calibration, _ = _sample_crops(run, run.file.edge.num_calibration_images)
-        test_crops, labels = _test_crops(run)
-        reports = [export_one(run, name, calibration, test_crops, labels, folder / name) for name in _made(run, run.train)]
+        calibration, _ = sample_crops(run, run.file.edge.num_calibration_images)
+        crops, labels = crops_of_test_images(run)
+        reports = [export_one(run, name, calibration, crops, labels, folder / name) for name in _made(run, run.train)]
         return {
             "files": [file.model_dump(mode="json") for report in reports for file in report.files],
             "recommended": {report.student.name: {"path": report.recommended, "why": report.why} for report in reports},
@@ -379,26 +363,6 @@ def export_student(run: Run) -> Result:
 
     write_cards(run)
     return result
-
-
-def _test_crops(run: Run) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64] | None]:
-    """The evaluation crops of the test images, and their labels where they have any.
-
-    Raises:
-        SourceError: some have a label and some have none.
-    """
-    from distill.evaluation import evaluation_batches
-    from distill.image_sets import open_labelled
-    from distill.loader import UNLABELLED
-
-    batches = list(evaluation_batches(open_labelled(run.file.data.test, run.file.data), run.file.data, run.rejections()))
-    crops, labels = np.concatenate([b.crops_VBHWC[0] for b in batches]), np.concatenate([b.labels_B for b in batches])
-    num_missing = int((labels == UNLABELLED).sum())
-    if 0 < num_missing < len(labels):
-        raise SourceError(
-            f"{run.file.data.test.path}: {num_missing} of {len(labels)} test images have no label; the export needs all of them, or none"
-        )
-    return crops, None if num_missing else labels
 
 
 def forget(run: Run, verb: str) -> None:

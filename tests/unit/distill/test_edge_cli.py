@@ -19,6 +19,7 @@ from distill.cli import student_cards, verbs
 from distill.cli.main import run_command
 from distill.cli.reporting import gather
 from distill.cli.run import Run
+from distill.cli.run_crops import crops_of_test_images
 from distill.cli.run_file import read_run_file
 from distill.errors import ConfigError, SourceError, StageMissing
 from distill.models.classifier import build_classifier
@@ -123,16 +124,16 @@ def test_test_images_without_labels_bring_none_and_a_mixture_is_refused(config: 
     flat.mkdir()
     for image in (config.parent / "images").rglob("*.png"):
         shutil.copyfile(image, flat / f"{image.parent.name}-{image.name}")
-    crops, labels = verbs._test_crops(Run(read_run_file(config, [f"data.test.path={flat}"])))
+    crops, labels = crops_of_test_images(Run(read_run_file(config, [f"data.test.path={flat}"])))
     assert crops.shape == (16, 8, 8, 3)
     assert labels is None
-    _, labels = verbs._test_crops(Run(read_run_file(config, [])))
+    _, labels = crops_of_test_images(Run(read_run_file(config, [])))
     assert labels is not None
     assert sorted(labels) == [0] * 8 + [1] * 8
     rows = [{"image": {"bytes": image.read_bytes()}, "label": label} for image, label in zip(flat.iterdir(), [0, 1, -1] * 5, strict=False)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "mixed.parquet")
     with pytest.raises(SourceError, match="5 of 15 test images have no label; the export needs all of them, or none"):
-        verbs._test_crops(Run(read_run_file(config, [f"data.test.path={tmp_path / 'mixed.parquet'}"])))
+        crops_of_test_images(Run(read_run_file(config, [f"data.test.path={tmp_path / 'mixed.parquet'}"])))
 
 
 def test_the_card_names_images_and_not_where_they_lay(config: Path) -> None:

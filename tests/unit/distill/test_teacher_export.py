@@ -59,7 +59,7 @@ def export(origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
         run = SimpleNamespace(
             folder=tmp_path, repository=tmp_path / "models", file=SimpleNamespace(data=SimpleNamespace(image_size=size))
         )  # fmt: skip
-        monkeypatch.setattr(verbs, "_sample_crops", lambda run, count: (make_crops(count, size), [f"i{row}" for row in range(count)]))
+        monkeypatch.setattr(verbs, "sample_crops", lambda run, count: (make_crops(count, size), [f"i{row}" for row in range(count)]))
         return verbs._export(run, Stage(tmp_path, "export-teacher", {}, {}), origin, "checkpoint", settings)  # type: ignore[arg-type]
 
     return run_it
