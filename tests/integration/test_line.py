@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from student_trainer.store_claims import Claims
+from student_trainer.store_files import open_files
+
 if TYPE_CHECKING:  # the module of the fixtures, which importlib mode does not put on the path
     from tests.integration.conftest import Line
 
@@ -116,12 +119,12 @@ def test_stored_labels_against_the_teacher(finished: tuple[Line, str], tmp_path:
     assert line.run("store verify", *ours, "--against-teacher", "40", "--repair").returncode == 2
 
 
-def owners(claims: Path) -> set[str]:
-    """Who holds a claim just now."""
+def claimants(store: Path) -> set[int]:
+    """Processes that hold a claim just now."""
     found = set()
-    for path in claims.glob("*/*.json"):
+    for path in store.glob("claims/*/*.json"):
         with suppress(OSError, ValueError, KeyError):  # given back, or being written
-            found.add(json.loads(path.read_text())["owner"])
+            found.add(json.loads(path.read_text())["process"])
     return found
 
 
@@ -129,19 +132,26 @@ def test_two_labelling_jobs_at_once_of_which_one_is_killed(
     finished: tuple[Line, str], tmp_path: Path, wait_until: Callable[..., Any], kept_by: Callable[[Line], Any]
 ) -> None:
     """Two whole commands, each with its own Ray and its own teacher, on one empty store: every label once."""
-    views = 16  # so many that the first is still at work when the second begins
+    views = 16
     one, two = (finished[0].copy(tmp_path / name, f"train.num_views={views}", f"store.path={tmp_path / 'store'}") for name in "ab")
     two.mark = uuid.uuid4().hex  # its processes are told from the other's
-    processes = [line.start("label") for line in (one, two)]
-    try:
-        wait_until(lambda: any(len(owners(claims)) > 1 for claims in (tmp_path / "store").glob("*/claims")), processes[0])
-    finally:
-        while pids := two.processes():  # some are born while others die
-            for pid in pids:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.1)
-        processes[1].communicate(timeout=60)
+    (store,) = (tmp_path / "store" / made.name for made in finished[0].folder.glob("store/*"))
+    with Claims(open_files(str(store))) as all_units:  # neither is done before the other begins, however fast the machine
+        for view in range(views):
+            assert all(all_units.take(view, shard) for shard in range(2))
+        processes = [line.start("label") for line in (one, two)]
+        try:
+            for line, process in zip((one, two), processes, strict=True):
+                wait_until(lambda line=line: any("LabelUnits" in command for command in line.processes().values()), process)
+            all_units.close()
+            wait_until(lambda: claimants(store) & two.processes().keys(), processes[1])
+        finally:
+            while pids := two.processes():  # some are born while others die
+                for pid in pids:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                time.sleep(0.1)
+            processes[1].communicate(timeout=60)
     out, err = processes[0].communicate(timeout=600)
     assert processes[0].returncode == 0, err[-3000:]
     assert f"store: {views * NUM_IMAGES} labels" in out
