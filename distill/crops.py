@@ -30,6 +30,7 @@ __all__ = [
     "Box",
     "CropKey",
     "CropRecipe",
+    "Interpolation",
     "center_box",
     "center_crop",
     "crop_image",

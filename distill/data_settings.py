@@ -8,6 +8,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from distill.config import Section
+from distill.crops import Interpolation
 from distill.teacher_info import Preprocessing
 
 
@@ -48,6 +49,9 @@ class DataSettings(Section):
     """Height and width, in pixels, of the crops that teacher and students see."""
     crop_ratio: float = Field(default=0.875, gt=0, le=1)
     """Evaluation crop: the shorter side is resized to image_size / crop_ratio, then the centre is cut. 1 for images already small."""
+    interpolation: Interpolation = "bilinear"
+    """Filter that resizes crops, of evaluation, fine-tuning and distillation; SimCLRv2 and most networks of timm have learnt on `bicubic`.
+    Pretraining has the official code's, which is bicubic."""
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """Mean of R, G, B on the scale 0 to 1, subtracted in every network's first layer. SimCLRv2 uses 0."""
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
@@ -74,4 +78,6 @@ class DataSettings(Section):
     @property
     def preprocessing(self) -> Preprocessing:
         """The contract of every network trained in this run."""
-        return Preprocessing(image_size=self.image_size, mean=self.mean, std=self.std, crop_ratio=self.crop_ratio)
+        return Preprocessing(
+            image_size=self.image_size, mean=self.mean, std=self.std, crop_ratio=self.crop_ratio, interpolation=self.interpolation
+        )

@@ -21,7 +21,7 @@ EVAL_BATCH = 256
 
 def evaluation_batches(source: Source, data: DataSettings, rejections: RejectionLog) -> Iterator[CropBatch]:
     """Centre crops of every usable image in the source's own order, batch by batch."""
-    recipe = CropRecipe(kind="center", image_size=data.image_size, crop_ratio=data.crop_ratio)
+    recipe = CropRecipe(kind="center", image_size=data.image_size, crop_ratio=data.crop_ratio, interpolation=data.interpolation)
     settings = LoaderSettings(
         seed=0, global_batch=EVAL_BATCH, window_shards=1, drop_last=False, shuffle=False, num_threads=data.num_threads
     )

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import Field
 
 from distill.config import Section
+from distill.crops import Interpolation, center_crop
 
 METADATA_KEY = "distill.teacher"
 """Key of the JSON form in ONNX metadata properties and in Triton model parameters."""
@@ -26,6 +29,12 @@ class Preprocessing(Section):
     """Standard deviation of R, G, B on the scale 0 to 1, divided by next."""
     crop_ratio: float = Field(default=1.0, gt=0, le=1)
     """Evaluation crop: the shorter side is resized to image_size / crop_ratio, then the centre is cut."""
+    interpolation: Interpolation = "bilinear"
+    """Filter of that resize; it averages over the source when it shrinks."""
+
+    def evaluation_crop(self, pixels_HWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """What the network sees of an image, uint8 RGB [S,S,3], S = image_size; see `center_crop`."""
+        return center_crop(pixels_HWC, self.image_size, self.crop_ratio, self.interpolation)
 
 
 class TeacherInfo(Section):

@@ -76,7 +76,7 @@ def limits_of(edge: EdgeReport, numbers: dict[str, Any] | None, max_accuracy_dro
     said = [
         f"It knows {len(edge.student.class_names)} classes and names one of them for every image, also for one that shows none of them.",
         f"It sees one centre crop of {how.image_size} x {how.image_size} pixels (the shorter side resized to"
-        f" {round(how.image_size / how.crop_ratio)}, bilinear, RGB, uint8); other preprocessing gives other answers.",
+        f" {round(how.image_size / how.crop_ratio)}, {how.interpolation}, RGB, uint8); other preprocessing gives other answers.",
         f"Latency and memory were measured on {edge.machine}, one crop at a time; another processor is another measurement.",
     ]
     top1, count = files[0].top1, files[0].num_images

@@ -30,6 +30,7 @@ import onnx.compose
 from onnx import TensorProto, helper, numpy_helper
 
 from distill.config import validate
+from distill.crops import Interpolation
 from distill.errors import ConfigError
 from distill.teacher_info import Preprocessing, TeacherInfo
 from export.files import write_atomically
@@ -95,21 +96,25 @@ def read_members(wanted: Sequence[tuple[Path, float]]) -> list[Member]:
     return members
 
 
-def ensemble_preprocessing(members: Sequence[Member], crop_ratio: float | None = None) -> Preprocessing:
+def ensemble_preprocessing(
+    members: Sequence[Member], crop_ratio: float | None = None, interpolation: Interpolation | None = None
+) -> Preprocessing:
     """What an image goes through before the ensemble sees it. Each member normalises by itself; a mean and std that all share are stated.
 
     Raises:
         ConfigError: the members' evaluation crops differ and none is chosen, or the chosen one is not above 0 and at most 1.
     """
     first = members[0].info.preprocessing
-    ratios = {member.info.preprocessing.crop_ratio for member in members}
-    if crop_ratio is None and len(ratios) > 1:
-        said = ", ".join(f"{member.model} {member.info.preprocessing.crop_ratio:g}" for member in members)
-        raise ConfigError(f"the members' evaluation crops differ (crop_ratio of {said}): choose one with --crop-ratio")
+    chosen = {"crop_ratio": crop_ratio, "interpolation": interpolation}
+    for name, choice in chosen.items():
+        values = {member.model: getattr(member.info.preprocessing, name) for member in members}
+        if choice is None and len(set(values.values())) > 1:
+            said = ", ".join(f"{model} {value}" for model, value in values.items())
+            raise ConfigError(f"the members' evaluation crops differ ({name} of {said}): choose one with --{name.replace('_', '-')}")
+        chosen[name] = next(iter(values.values())) if choice is None else choice
     same = all((m.info.preprocessing.mean, m.info.preprocessing.std) == (first.mean, first.std) for m in members)
     normalised = {"mean": first.mean, "std": first.std} if same else {}
-    chosen = first.crop_ratio if crop_ratio is None else crop_ratio
-    return validate(Preprocessing, {"image_size": first.image_size, "crop_ratio": chosen, **normalised}, origin="ensemble")
+    return validate(Preprocessing, {"image_size": first.image_size, **chosen, **normalised}, origin="ensemble")
 
 
 def export_ensemble(

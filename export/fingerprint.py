@@ -59,7 +59,10 @@ def teacher_fingerprint(model_bytes: bytes, preprocessing: Preprocessing, class_
         preprocessing: what an image goes through before it is a crop.
         class_names: names of the K classes, in the order of the logits.
     """
-    contract = {"preprocessing": preprocessing.model_dump(mode="json"), "class_names": list(class_names)}
+    seen = preprocessing.model_dump(mode="json")
+    if preprocessing.interpolation == "bilinear":  # as it always was before there was a choice: those teachers keep their labels
+        del seen["interpolation"]
+    contract = {"preprocessing": seen, "class_names": list(class_names)}
     digest = hashlib.sha256(b"distill.teacher/1\0")
     digest.update(hashlib.sha256(model_bytes).digest())
     digest.update(json.dumps(contract, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode())

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from distill.crops import center_crop, decode_image
+from distill.crops import decode_image
 from distill.errors import ImageError, SourceError
 from distill.sources import open_source
 from distill.sources.files import expand, is_folder, opened, short_names
@@ -31,7 +31,7 @@ def parity_crops(images: str, preprocessing: Preprocessing, count: int) -> tuple
     crops, names = [], list[str]()
     for name, data in _encoded(images):
         try:
-            crops.append(center_crop(decode_image(data), preprocessing.image_size, preprocessing.crop_ratio))
+            crops.append(preprocessing.evaluation_crop(decode_image(data)))
         except ImageError as error:
             raise SourceError(f"{images}: {name} cannot be used ({error.reason}); leave it out of the images") from error
         names.append(name)

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self, TypeAlias
 from pydantic import Field, field_validator, model_validator
 
 from distill.config import Section
+from distill.crops import Interpolation
 from distill.errors import ConfigError
 from distill.models.arch_names import arch_name, parse_arch
 from distill.teacher_info import Preprocessing
@@ -289,6 +290,8 @@ class StatedPreprocessing(Section):
     """Standard deviation of R, G, B on the scale 0 to 1 that it was trained with."""
     crop_ratio: float | None = Field(default=None, gt=0, le=1)
     """Evaluation crop: the shorter side is resized to image_size / crop_ratio, then the centre is cut."""
+    interpolation: Interpolation | None = None
+    """Filter of that resize."""
 
     @field_validator("mean")
     @classmethod

@@ -61,7 +61,8 @@ class TrainJob(Section):
     @property
     def plain_recipe(self) -> CropRecipe:
         """How the crops of labelled images are cut: a class id says nothing about a mixture."""
-        return CropRecipe(kind="random_resized", image_size=self.data.image_size, min_area=self.train.min_area)
+        data = self.data
+        return CropRecipe(kind="random_resized", image_size=data.image_size, min_area=self.train.min_area, interpolation=data.interpolation)
 
     @property
     def rules(self) -> LabelRules:

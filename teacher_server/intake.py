@@ -17,7 +17,7 @@ from fastapi import Request
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from distill.crops import center_crop, decode_image
+from distill.crops import decode_image
 from distill.decoding import num_pixels
 from distill.errors import ImageError, RequestRefused
 from distill.teacher_info import Preprocessing, TeacherInfo
@@ -165,7 +165,7 @@ def _crop_or_error(
 def _crop(pixels_HWC: NDArray[np.uint8], preprocessing: Preprocessing, policy: CropPolicy, index: int) -> NDArray[np.uint8] | ItemError:
     size = preprocessing.image_size
     if policy == "teacher":
-        return center_crop(pixels_HWC, size, preprocessing.crop_ratio)
+        return preprocessing.evaluation_crop(pixels_HWC)
     height, width = pixels_HWC.shape[:2]
     if (height, width) == (size, size):
         return pixels_HWC

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from distill.checkpoint import PRETRAINED, save_checkpoint
 from distill.config import validate
+from distill.crops import Interpolation
 from distill.errors import CheckpointError, ConfigError
 from distill.models.classifier import build_classifier, check_image_size
 from distill.models.resnet import Stem
@@ -107,6 +108,7 @@ def import_simclr(
     class_names: Sequence[str] | None,
     image_size: int,
     crop_ratio: float = 0.875,
+    interpolation: Interpolation = "bicubic",
     classifier_after: int | None = None,
     use_ema: bool = False,
     take: Literal["auto"] | Taken = "auto",
@@ -119,6 +121,7 @@ def import_simclr(
         class_names: K names in the order of the logits; None gives them their numbers.
         image_size: height and width, in pixels, of the crops that the network is to see; the published ones saw 224.
         crop_ratio: see `Preprocessing`; the official evaluation uses 0.875, and 1 for images of 32 pixels.
+        interpolation: see `Preprocessing`; that of the official code is bicubic.
         classifier_after: layers of the projection head below the classifier (-1: on the head's output), where it is known better.
         use_ema: take the moving averages of the weights in place of the weights.
         take: what the run goes on with, see `ImportSettings`. With `pretrained` no classifier is written, and no class list is needed.
@@ -129,7 +132,8 @@ def import_simclr(
         ConfigError: a class list of another length, or an image size that the network cannot see.
     """
     checkpoint = open_simclr(path, use_ema)
-    preprocessing = validate(Preprocessing, {"image_size": image_size, "crop_ratio": crop_ratio}, origin="preprocessing")
+    seen = {"image_size": image_size, "crop_ratio": crop_ratio, "interpolation": interpolation}
+    preprocessing = validate(Preprocessing, seen, origin="preprocessing")
     check_image_size(checkpoint.network, image_size)
     step = checkpoint.step()
     purpose = find_purpose(checkpoint, step)

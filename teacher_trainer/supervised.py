@@ -116,7 +116,7 @@ class _Loop:
     ) -> None:
         self.settings, self.card, self.worker = settings, card, worker
         batch = batch_that_fits(settings.global_batch, labelled.num_images, worker.world)
-        recipe = CropRecipe(kind="random_resized", image_size=data.image_size, min_area=settings.min_area)
+        recipe = CropRecipe(kind="random_resized", image_size=data.image_size, min_area=settings.min_area, interpolation=data.interpolation)
         loading = LoaderSettings(seed, batch, data.window_shards, num_threads=data.num_threads)
         self.loader = CropLoader(labelled, recipe, loading, lambda epoch: (epoch,), rejections, worker.rank, worker.world)
         if settings.linear:

@@ -38,7 +38,7 @@ from PIL import Image
 
 from bench.serving.load import Ask
 from bench.serving.teachers import Teacher, model_file, synthetic_crops
-from distill.crops import center_crop, decode_image
+from distill.crops import decode_image
 from distill.teacher_info import Preprocessing
 from distill.wire import CROPS_MEDIA_TYPE, SOFT_LABELS_MEDIA_TYPE, decode_soft_labels, encode_crops
 from teacher_server.client import open_async_client
@@ -118,7 +118,7 @@ async def decode(bench: Bench, batch: int) -> AsyncIterator[Running]:
     with ThreadPoolExecutor(bench.threads) as threads:
 
         def crop(number: int) -> npt.NDArray[np.uint8]:
-            return center_crop(decode_image(files[number % len(files)]), preprocessing.image_size, preprocessing.crop_ratio)
+            return preprocessing.evaluation_crop(decode_image(files[number % len(files)]))
 
         async def ask(number: int) -> npt.NDArray[np.float32]:
             return label(session, np.stack(list(threads.map(crop, range(number * batch, (number + 1) * batch)))))

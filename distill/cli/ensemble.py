@@ -11,6 +11,7 @@ from pathlib import Path
 from distill.cli.run_file import RunFile
 from distill.cli.teacher_import import import_into_new
 from distill.config import validate
+from distill.crops import Interpolation
 from distill.errors import ConfigError
 from distill.progress import console
 from export.ensemble import ensemble_preprocessing, export_ensemble, provenance, read_members
@@ -28,6 +29,7 @@ def make_ensemble(
     *,
     default_temperature: float = 1.0,
     crop_ratio: float | None = None,
+    interpolation: Interpolation | None = None,
 ) -> None:
     """Average the members into a new teacher folder and say what came out.
 
@@ -44,7 +46,7 @@ def make_ensemble(
     """
     settings = validate(TeacherExportSettings, {"name": name, "default_temperature": default_temperature}, origin="ensemble")
     members = read_members([member_word(word) for word in words])
-    preprocessing = ensemble_preprocessing(members, crop_ratio)
+    preprocessing = ensemble_preprocessing(members, crop_ratio, interpolation)
     images = images or (file.data.unlabelled.path if file else None)
     if images is None:
         raise ConfigError("the parity gate needs real images: give --images 'photos/*.jpg' (quoted) or a folder")

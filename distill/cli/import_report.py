@@ -26,7 +26,7 @@ def describe(result: Result, folder: Path) -> list[str]:
         *(f"  {line}" for line in result.get("found", [])),
         f"  parameters     {result['num_parameters'] / 1e6:.2f} M",
         f"  classes        {len(names)}: {listed}" if names else "  classes        none",
-        f"  preprocessing  {seen['image_size']} pixels, crop ratio {seen['crop_ratio']:g}, "
+        f"  preprocessing  {seen['image_size']} pixels, crop ratio {seen['crop_ratio']:g}, {seen['interpolation']}, "
         f"mean {_said(seen['mean'])}, std {_said(seen['std'])}",
         f"  {result['made']:<14} {folder / PLACES[result['made']]}",
     ]
@@ -38,6 +38,8 @@ def run_file_lines(result: Result, folder: Path) -> str:
     """The YAML by which a run file takes the teacher; `data` has more in it, and is added to."""
     seen, names = result["preprocessing"], result["class_names"]
     data: dict[str, Any] = {"image_size": seen["image_size"], "crop_ratio": seen["crop_ratio"]}
+    if seen["interpolation"] != "bilinear":
+        data["interpolation"] = seen["interpolation"]
     if list(seen["mean"]) != [0, 0, 0] or list(seen["std"]) != [1, 1, 1]:
         data |= {"mean": list(seen["mean"]), "std": list(seen["std"])}
     if 0 < len(names) <= _SHORT_LIST:

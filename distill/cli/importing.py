@@ -90,6 +90,11 @@ _CLASSES = click.option("--classes", metavar="FILE|A,B,C", required=True, help=_
 _CROPS = _options(
     click.option("--image-size", type=int, help="Height and width of the crops it was trained on. Default: the network's own."),
     click.option("--crop-ratio", type=float, help="The evaluation crop's share of the shorter side. Default: the network's own, or usual."),
+    click.option(
+        "--interpolation",
+        type=click.Choice(["bilinear", "bicubic"]),
+        help="Filter that resized the images it was trained on. Default: the network's own, bicubic for SimCLR, else bilinear.",
+    ),
 )
 _NORMALISING = _options(
     click.option(

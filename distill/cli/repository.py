@@ -185,11 +185,14 @@ def remove(name: str, version: int, **where: Any) -> None:
 @click.option("--images", metavar="GLOB", help="Real images for the parity gate: 'photos/*.jpg', a folder. Default: those of the run file.")
 @click.option("--temperature", "default_temperature", type=float, default=1.0, show_default=True, help="Used when a request names none.")
 @click.option("--crop-ratio", type=float, help="The evaluation crop's share of the shorter side, where the members differ in it.")
+@click.option(
+    "--interpolation", type=click.Choice(["bilinear", "bicubic"]), help="The evaluation crop's filter, where the members differ in it."
+)
 @click.option("--add", "then_add", is_flag=True, help="Then put it into the repository, as `distill repository add` does.")
 @_WHERE
 def ensemble(name: str, members: tuple[str, ...], out: Path, images: str | None, then_add: bool, **options: Any) -> None:
     """Make one teacher NAME whose logits are the weighted mean of the members' logits: served, stored and activated like any other."""
-    stated = {key: options.pop(key) for key in ("default_temperature", "crop_ratio")}
+    stated = {key: options.pop(key) for key in ("default_temperature", "crop_ratio", "interpolation")}
     # With images of its own, an ensemble that is not put into a repository needs neither run file nor repository.
     needs_place = then_add or images is None or options["overrides"]
     place = _place(**options) if needs_place else None

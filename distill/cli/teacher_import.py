@@ -196,13 +196,19 @@ def _simclr(settings: ImportSettings, folder: Path, class_names: Sequence[str] |
 
     def bring(usual_size: int) -> tuple[Preprocessing, SimclrFound]:
         size = stated.image_size or usual_size
-        seen = Preprocessing(image_size=size, crop_ratio=stated.crop_ratio or usual_crop_ratio(size))  # values of 0 to 1: no mean, no std
+        # Values of 0 to 1: no mean, no std.
+        seen = Preprocessing(
+            image_size=size,
+            crop_ratio=stated.crop_ratio or usual_crop_ratio(size),
+            interpolation=stated.interpolation or "bicubic",
+        )
         return seen, import_simclr(
             _named(settings.path),
             folder,
             class_names=class_names,
             image_size=seen.image_size,
             crop_ratio=seen.crop_ratio,
+            interpolation=seen.interpolation,
             classifier_after=settings.classifier_after,
             use_ema=settings.use_ema,
             take=settings.take,

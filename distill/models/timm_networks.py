@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from distill.crops import Interpolation
 from distill.errors import ConfigError
 from distill.models.weight_files import fit_weights, read_weights, require_classes
 from distill.teacher_info import Preprocessing
@@ -39,13 +40,15 @@ class TimmNetwork:
     """Height and width, in pixels."""
     crop_ratio: float
     """timm's crop_pct: the shorter side is resized to image_size / crop_ratio, then the centre is cut."""
-    interpolation: str
-    """How images were resized: bilinear, bicubic, ..."""
+    interpolation: Interpolation
+    """How images were resized; bilinear stands for timm's rare others too."""
 
     @property
     def preprocessing(self) -> Preprocessing:
         """The contract between an image and this network."""
-        return Preprocessing(image_size=self.image_size, mean=self.mean, std=self.std, crop_ratio=self.crop_ratio)
+        return Preprocessing(
+            image_size=self.image_size, mean=self.mean, std=self.std, crop_ratio=self.crop_ratio, interpolation=self.interpolation
+        )
 
 
 def create_timm(name: str, num_classes: int, weights: Path | None = None, use_ema: bool = False) -> TimmNetwork:
@@ -136,7 +139,7 @@ def _described(network: nn.Module, name: str) -> TimmNetwork:
         std=(red_std, green_std, blue_std),
         image_size=height,
         crop_ratio=known["crop_pct"],
-        interpolation=known["interpolation"],
+        interpolation="bicubic" if known["interpolation"] == "bicubic" else "bilinear",
     )
 
 

@@ -57,7 +57,7 @@ def open_litert(path: str) -> Opened:
 OPENERS = {".onnx": open_onnx, ".xml": open_openvino, ".pte": open_executorch, ".tflite": open_litert}
 
 
-def center_crop(image: Image.Image, size: int, crop_ratio: float) -> np.ndarray:
+def center_crop(image: Image.Image, size: int, crop_ratio: float, interpolation: str) -> np.ndarray:
     """The crop that the student was evaluated on: the shorter side resized to size / crop_ratio, then the centre. uint8 [S,S,3], RGB."""
     image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:  # laid on white, as in training
@@ -69,7 +69,7 @@ def center_crop(image: Image.Image, size: int, crop_ratio: float) -> np.ndarray:
     resized = (long, short) if image.width >= image.height else (short, long)
     left, top = (round((side - size) / 2) * full / side for side, full in zip(resized, image.size, strict=True))
     right, bottom = min(image.width, left + size * image.width / resized[0]), min(image.height, top + size * image.height / resized[1])
-    return np.array(image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, right, bottom)))
+    return np.array(image.resize((size, size), Image.Resampling[interpolation.upper()], box=(left, top, right, bottom)))
 
 
 def main() -> None:
@@ -87,7 +87,7 @@ def main() -> None:
     student = json.loads(said)
     how = student["preprocessing"]
     with Image.open(args.image) as image:
-        crop = center_crop(image, how["image_size"], how["crop_ratio"])
+        crop = center_crop(image, how["image_size"], how["crop_ratio"], how["interpolation"])
     logits = logits_of(crop[None])[0].astype(np.float64)
     probs = np.exp(logits - logits.max())
     probs /= probs.sum()

@@ -133,11 +133,12 @@ class TestKinds:
     @pytest.mark.parametrize(
         ("options", "stem", "wanted"),
         [
-            ([], "imagenet", {"image_size": 224, "crop_ratio": 0.875}),
+            ([], "imagenet", {"image_size": 224, "crop_ratio": 0.875, "interpolation": "bicubic"}),
             ([], "cifar", {"image_size": 32, "crop_ratio": 1.0}),
             (["--image-size", "48", "--crop-ratio", "0.5"], "cifar", {"image_size": 48, "crop_ratio": 0.5}),
             (["--classifier-after", "0", "--ema"], "imagenet", {"classifier_after": 0, "use_ema": True, "take": "auto"}),
             (["--take", "classifier"], "imagenet", {"take": "classifier"}),
+            (["--interpolation", "bilinear"], "imagenet", {"interpolation": "bilinear"}),
         ],
     )
     def test_simclr_options_reach_the_reader(
@@ -165,13 +166,15 @@ class TestKinds:
         assert load_classifier(out / "checkpoint").card.preprocessing.image_size == asked[-1]["image_size"]
 
     def test_a_pretrained_network_is_no_teacher_yet(self, tmp_path: Path) -> None:
-        seen = {"image_size": 32, "crop_ratio": 1.0, "mean": [0, 0, 0], "std": [1, 1, 1]}
+        seen = {"image_size": 32, "crop_ratio": 1.0, "mean": [0, 0, 0], "std": [1, 1, 1], "interpolation": "bicubic"}
         result = {"kind": "simclr", "made": "pretrained", "architecture": "resnet50", "num_parameters": 10**6}
         result |= {"class_names": [], "preprocessing": seen, "notes": ["fine-tune it"]}
         said = "\n".join(describe(result, tmp_path))
         assert "classes        none" in said
         assert str(tmp_path / "pretrained") in said
-        assert yaml.safe_load(run_file_lines(result, tmp_path))["import"] == {"kind": "checkpoint", "path": str(tmp_path / "pretrained")}
+        tree = yaml.safe_load(run_file_lines(result, tmp_path))
+        assert tree["import"] == {"kind": "checkpoint", "path": str(tmp_path / "pretrained")}
+        assert tree["data"] == {"image_size": 32, "crop_ratio": 1.0, "interpolation": "bicubic"}
 
 
 class TestNothingHalfWritten:

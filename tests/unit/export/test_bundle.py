@@ -392,16 +392,23 @@ def test_the_program_in_the_bundle_gives_our_logits_with_onnxruntime_alone(stude
     assert lines[0].split() == [f"{answer['probs'][best]:.2%}", report.student.class_names[best]]
 
 
-@pytest.mark.parametrize("ratio", [0.875, 0.6])
-def test_the_program_cuts_the_crop_that_training_was_evaluated_on(student: Path, tmp_path: Path, ratio: float) -> None:
-    """Byte for byte, with a margin around the crop: the metadata says how wide."""
-    info = StudentInfo(name="tiny", class_names=("a", "b"), preprocessing=Preprocessing(image_size=16, crop_ratio=ratio))
+@pytest.mark.parametrize(
+    "how",
+    [
+        Preprocessing(image_size=16, crop_ratio=0.875),
+        Preprocessing(image_size=16, crop_ratio=0.6),
+        Preprocessing(image_size=16, crop_ratio=0.6, interpolation="bicubic"),
+    ],
+)
+def test_the_program_cuts_the_crop_that_training_was_evaluated_on(student: Path, tmp_path: Path, how: Preprocessing) -> None:
+    """Byte for byte, with a margin around the crop: the metadata says how wide, and which filter."""
+    info = StudentInfo(name="tiny", class_names=("a", "b"), preprocessing=how)
     model = onnx.load(student / "tiny.fp32.onnx")
     onnx.helper.set_model_props(model, {"distill.student": info.model_dump_json()})
     onnx.save(model, tmp_path / "model.onnx")
     path = tmp_path / "image.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (61, 90, 3), dtype=np.uint8)).save(path)
-    crop = center_crop(decode_image(path.read_bytes()), 16, ratio)
+    crop = how.evaluation_crop(decode_image(path.read_bytes()))
     expected = ort.InferenceSession(tmp_path / "model.onnx").run(["logits"], {"images": crop[None]})[0][0]
     answer = json.loads(on_the_device(student / "run_student.py", str(tmp_path / "model.onnx"), str(path), "--json"))
     assert answer["logits"] == pytest.approx(expected.tolist(), abs=1e-5)

@@ -181,6 +181,13 @@ def test_preprocessing_states_what_the_members_share(members: list[Path]) -> Non
     with pytest.raises(ConfigError, match="choose one with --crop-ratio"):
         ensemble_preprocessing([chosen[0], chosen[1]._replace(info=ratio)])
     assert ensemble_preprocessing([chosen[0], chosen[1]._replace(info=ratio)], crop_ratio=0.75).crop_ratio == 0.75
+    sharp = [
+        chosen[0],
+        chosen[1]._replace(info=chosen[1].info.replace(preprocessing=Preprocessing(image_size=16, interpolation="bicubic"))),
+    ]
+    with pytest.raises(ConfigError, match="choose one with --interpolation"):
+        ensemble_preprocessing(sharp)
+    assert ensemble_preprocessing(sharp, interpolation="bicubic").interpolation == "bicubic"
 
 
 @pytest.fixture

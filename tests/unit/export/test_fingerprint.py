@@ -37,11 +37,18 @@ def test_preprocessing_classes_and_weights_change_the_fingerprint(
     fingerprints = {
         info.fingerprint,
         teacher_fingerprint(canonical_bytes(model), preprocessing.replace(crop_ratio=0.875), class_names),
+        teacher_fingerprint(canonical_bytes(model), preprocessing.replace(interpolation="bicubic"), class_names),
         teacher_fingerprint(canonical_bytes(model), preprocessing, class_names[::-1]),
     }
     _nudge_a_weight(model)
     fingerprints.add(teacher_fingerprint(canonical_bytes(model), preprocessing, class_names))
-    assert len(fingerprints) == 4
+    assert len(fingerprints) == 5
+
+
+def test_the_fingerprint_is_what_it_was_before_there_was_a_choice_of_filter() -> None:
+    seen = Preprocessing(image_size=8, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), crop_ratio=0.875)
+    expected = "42582a11de02a6de23717734fd6834a7093bfb139ce4c364239055ee02bf032f"
+    assert teacher_fingerprint(b"a graph", seen, ("ant", "bee")) == expected
 
 
 def test_altered_weights_under_the_old_fingerprint_are_refused(stamped: tuple[Path, TeacherInfo]) -> None:

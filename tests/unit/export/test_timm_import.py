@@ -132,7 +132,9 @@ def test_a_network_with_local_weights_becomes_a_checkpoint(tmp_path: Path) -> No
     network = _timm()
     save_file(network.network.state_dict(), tmp_path / "w.safetensors")
     card = import_timm(NAME, tmp_path / "w.safetensors", CLASSES, tmp_path / "checkpoint")
-    assert card.preprocessing == Preprocessing(image_size=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), crop_ratio=0.875)
+    assert card.preprocessing == Preprocessing(
+        image_size=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), crop_ratio=0.875, interpolation="bicubic"
+    )
     loaded = load_classifier(tmp_path / "checkpoint")
     crops = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (card.preprocessing.mean, card.preprocessing.std))
@@ -142,7 +144,9 @@ def test_a_network_with_local_weights_becomes_a_checkpoint(tmp_path: Path) -> No
 
 
 def test_what_is_stated_is_laid_over_what_timm_says(tmp_path: Path) -> None:
-    card = import_timm(NAME, None, CLASSES, tmp_path / "checkpoint", StatedPreprocessing(image_size=64, std=(1, 1, 1)))
+    card = import_timm(
+        NAME, None, CLASSES, tmp_path / "checkpoint", StatedPreprocessing(image_size=64, std=(1, 1, 1), interpolation="bilinear")
+    )
     assert card.preprocessing == Preprocessing(image_size=64, mean=(0.485, 0.456, 0.406), std=(1.0, 1.0, 1.0), crop_ratio=0.875)
 
 

@@ -417,6 +417,13 @@ def test_on_other_workers_it_goes_on_as_if_it_had_not_stopped(
     assert totals["images"] == totals["asked"] + totals["from_store"] == 20
 
 
+def test_crops_go_through_the_filter_of_the_data(job_of: JobOf) -> None:
+    job = job_of(mixing={"kind": "mixup"})
+    sharp = job.replace(data=job.data.replace(interpolation="bicubic"))
+    assert [recipe.interpolation for recipe in (sharp.recipe, sharp.plain_recipe)] == ["bicubic", "bicubic"]
+    assert [recipe.interpolation for recipe in (job.recipe, job.plain_recipe)] == ["bilinear", "bilinear"]
+
+
 class TestLabelledBatches:
     def loader(self, job: TrainJob, batch: int) -> CropLoader:
         job = job.replace(train=job.train.replace(labelled_batch=batch))

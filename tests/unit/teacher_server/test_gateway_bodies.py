@@ -109,11 +109,11 @@ def test_a_large_file_of_a_form_is_not_written_to_disk(monkeypatch: pytest.Monke
 
 
 class ZoomedTeacher(FakeTeacher):
-    """Its evaluation crop shows the middle half of the image."""
+    """Its evaluation crop shows the middle half of the image, through a bicubic filter."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._served = self._served.replace(preprocessing=Preprocessing(image_size=8, crop_ratio=0.5))
+        self._served = self._served.replace(preprocessing=Preprocessing(image_size=8, crop_ratio=0.5, interpolation="bicubic"))
 
 
 def test_by_default_the_teachers_own_crop_is_cut_and_the_answer_says_so() -> None:
@@ -122,7 +122,7 @@ def test_by_default_the_teachers_own_crop_is_cut_and_the_answer_says_so() -> Non
             content=png(LARGE), headers={"content-type": "image/png"}, params={"return": "logits", **params}, teacher=ZoomedTeacher()
         )
         assert answer.json()["crop"] == "teacher"
-        expected = fake_logits(center_crop(LARGE, 8, 0.5)[None], 10)[0]
+        expected = fake_logits(center_crop(LARGE, 8, 0.5, "bicubic")[None], 10)[0]
         np.testing.assert_allclose(answer.json()["items"][0]["values"], expected, rtol=1e-5)
 
 

@@ -16,10 +16,12 @@ from torch import nn
 
 from distill.checkpoint import PRETRAINED, Write, load_checkpoint, save_checkpoint
 from distill.cluster.worker import LocalWorker, Row
+from distill.crops import CropRecipe, center_crop, decode_image
 from distill.data_settings import DataSettings
 from distill.errors import CheckpointError, ConfigError
-from distill.evaluation import evaluate_on, network_logits
+from distill.evaluation import evaluate_on, evaluation_batches, network_logits
 from distill.label_metrics import score
+from distill.loader import CropLoader
 from distill.models.classifier import Classifier, ResNetClassifier, build_backbone, build_classifier
 from distill.models.projection_head import ProjectionHead
 from distill.models.saved_classifier import ClassifierCard, load_classifier
@@ -27,7 +29,7 @@ from distill.models.settings import NetworkSettings
 from distill.optimizer_settings import OptimizerSettings
 from distill.optimizers import take_step
 from distill.rejections import RejectionLog
-from distill.sources import open_source
+from distill.sources import Source, open_source
 from teacher_trainer import supervised as module
 from teacher_trainer.finetune import FinetuneJob, classifier_from_pretrained, finetune_worker
 from teacher_trainer.settings import FinetuneSettings
@@ -105,6 +107,31 @@ def run(
     )
     with RejectionLog(folder / "rejected.jsonl", max_share=0.5) as rejections:
         return train_supervised(network, card, open_source(str(images)), data, settings, seed, worker, rejections)
+
+
+def test_crops_of_evaluation_and_training_go_through_the_filter_of_the_data(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, recipes = data_of(images, interpolation="bicubic"), []
+
+    class Loader(CropLoader):
+        def __init__(self, source: Source, recipe: CropRecipe, *more: Any) -> None:
+            recipes.append(recipe)
+            super().__init__(source, recipe, *more)
+
+    monkeypatch.setattr(module, "CropLoader", Loader)
+    network, card = (
+        build_classifier(NETWORK, 2, data.preprocessing),
+        ClassifierCard(network=NETWORK, class_names=CLASSES, preprocessing=data.preprocessing),
+    )
+    with RejectionLog(tmp_path / "rejected.jsonl", max_share=0) as rejections:
+        worker = LocalWorker(tmp_path, lambda row: None, torch.device("cpu"))
+        train_supervised(network, card, open_source(str(images)), data, SETTINGS.replace(epochs=1), 1, worker, rejections)
+        batch = next(evaluation_batches(open_source(str(images)), data, rejections))
+    assert [recipe.interpolation for recipe in recipes] == ["bicubic"]
+    pixels = decode_image((images / batch.image_ids[0]).read_bytes())
+    assert np.array_equal(batch.crops_VBHWC[0, 0], center_crop(pixels, 12, 1.0, "bicubic"))
+    assert not np.array_equal(batch.crops_VBHWC[0, 0], center_crop(pixels, 12, 1.0))
 
 
 def first_kernel(network: Classifier) -> torch.Tensor:

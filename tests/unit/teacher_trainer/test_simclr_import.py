@@ -20,6 +20,7 @@ from distill.models.classifier import ResNetClassifier
 from distill.models.projection_head import ProjectionHead
 from distill.models.resnet import ResNet
 from distill.models.saved_classifier import load_classifier
+from distill.teacher_info import Preprocessing
 from teacher_trainer.simclr_architecture import find_network, our_backbone, our_head, torch_shape
 from teacher_trainer.simclr_files import find_checkpoint
 from teacher_trainer.simclr_import import SimclrFound, import_simclr
@@ -79,7 +80,7 @@ def test_what_the_real_files_are(tmp_path: Path) -> None:
     card = load_classifier(tmp_path / "2" / "checkpoint").card
     assert card.num_head_layers == 1
     assert card.class_names == tuple("0123456789")
-    assert (card.preprocessing.mean, card.preprocessing.std, card.preprocessing.crop_ratio) == ((0, 0, 0), (1, 1, 1), 0.875)
+    assert card.preprocessing == Preprocessing(image_size=64, crop_ratio=0.875, interpolation="bicubic")
     assert "ResNet-18, width x0.25, selective kernels (sk_ratio 0.0625), imagenet stem" in tf2.describe()
     assert "step 3754: fine-tuned with 10 % of the labels" in tf2.describe()
 
