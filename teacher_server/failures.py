@@ -21,7 +21,6 @@ from teacher_server.metrics import GatewayMetrics
 from teacher_server.problems import Problem, problem_of
 
 _CODES = {404: "not_found", 405: "method_not_allowed"}
-_NOBODY = "-"
 _SAME_LINE_S = 10.0
 
 logger = logging.getLogger(__name__)
@@ -41,7 +40,7 @@ def answer_failures(app: FastAPI, metrics: GatewayMetrics) -> None:
 
     def answer(request: Request, problem: Problem) -> JSONResponse:
         tenant = request.scope.get("tenant")
-        metrics.refusals.labels(metrics.tenant_label(tenant.name) if tenant else _NOBODY, problem.code).inc()
+        metrics.refused(problem.code, tenant.name if tenant else None)
         return problem.answer()
 
     @app.exception_handler(Problem)

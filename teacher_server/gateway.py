@@ -100,9 +100,9 @@ def create_app(
     add_docs(app)
     add_page(app)
     trace_requests(app, service.tracing, LABELS_PATH)  # inside the guard: strangers do not choose what is exported
-    guard(app, access or Access(settings), hosts)
+    guard(app, access or Access(settings), service.metrics, hosts)
     count_requests(app, service.metrics, service.live, LABELS_PATH)
-    seal(app, settings.max_body_bytes)
+    seal(app, settings.max_body_bytes, service.metrics)
     return app
 
 

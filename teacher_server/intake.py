@@ -151,7 +151,7 @@ def _crop_or_error(
     try:
         data = base64.b64decode(file, validate=True) if isinstance(file, str) else file
     except (binascii.Error, ValueError):  # ValueError: characters beyond ASCII
-        return ItemError(index=index, code="bad_base64", message="this is not base64")
+        return ItemError(index=index, code="bad_base64", message="this is not base64 without line breaks")
     if len(data) > settings.max_image_bytes:
         message = f"the image has {len(data)} bytes, over {settings.max_image_bytes} (server.max_image_bytes)"
         return ItemError(index=index, code="too_large", message=message)

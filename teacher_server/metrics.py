@@ -19,6 +19,7 @@ _LATENCY_BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5
 _BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _MOST_TENANTS = 100
 _OTHERS = "other"
+_NOBODY = "-"
 
 
 class GatewayMetrics:
@@ -30,7 +31,7 @@ class GatewayMetrics:
         self.images = Counter(
             "distill_gateway_images", "Images by outcome: labelled or rejected", ["tenant", "outcome"], registry=self.registry
         )
-        self.refusals = Counter("distill_gateway_refusals", "Requests that got an error", ["tenant", "code"], registry=self.registry)
+        self._refusals = Counter("distill_gateway_refusals", "Requests that got an error", ["tenant", "code"], registry=self.registry)
         self.latency = Histogram(
             "distill_gateway_latency_seconds", "Request in to answer out", ["route"], buckets=_LATENCY_BUCKETS_S, registry=self.registry
         )
@@ -40,6 +41,10 @@ class GatewayMetrics:
         self.wait = self._seconds("queue_wait", "Waiting for the turn before the teacher")
         self.teacher = self._seconds("teacher", "From the question to the teacher's answer")
         self._tenants: set[str] = set()
+
+    def refused(self, code: str, tenant: str | None = None) -> None:
+        """Count a request that ends with this error; no tenant: nobody whom we know."""
+        self._refusals.labels(self.tenant_label(tenant) if tenant else _NOBODY, code).inc()
 
     def watch_queue(self, queue: FairQueue) -> None:
         """Show how much waits and how much the teacher is being asked for, as it is when Prometheus looks."""

@@ -15,6 +15,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from teacher_server.access import Access
+from teacher_server.metrics import GatewayMetrics
 from teacher_server.problems import Problem
 from teacher_server.settings import ServerSettings
 
@@ -48,8 +49,9 @@ class GuardedAnswers:
     It also hangs up on bodies without an end that nobody has read: the web server would go on receiving them.
     """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_body_bytes: int, metrics: GatewayMetrics) -> None:
         self._app = app
+        self._metrics = metrics
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -79,8 +81,10 @@ class GuardedAnswers:
             await self._app(scope, noticed if unread else receive, guarded)
         except Exception as error:  # noqa: BLE001 - the last resort, said in the log
             logger.error("%s %s failed: %s", scope["method"], _route(scope), without_values(error))
+            problem = Problem(500, "internal", "the gateway failed; its log says why")
+            self._metrics.refused(problem.code, scope["tenant"].name if "tenant" in scope else None)
             if not started:
-                await Problem(500, "internal", "the gateway failed; its log says why").answer()(scope, receive, guarded)
+                await problem.answer()(scope, receive, guarded)
 
     def _has_no_end(self, scope: Scope) -> bool:
         """Whether a body may be longer than any that is taken. A shorter one is received, so that its sender gets to read the answer."""
@@ -92,8 +96,9 @@ class GuardedAnswers:
 class RequireKey:
     """Requests below `/v1/`, and for the metrics, need a key; whose it is stands in `scope["tenant"]`, a TenantUsage, from here on."""
 
-    def __init__(self, app: ASGIApp, access: Access) -> None:
+    def __init__(self, app: ASGIApp, access: Access, metrics: GatewayMetrics) -> None:
         self._app = app
+        self._metrics = metrics
         self._access = access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -102,6 +107,7 @@ class RequireKey:
             try:
                 scope["tenant"] = self._access.tenant(Headers(scope=scope))
             except Problem as problem:
+                self._metrics.refused(problem.code)
                 await problem.answer()(scope, receive, send)
                 return
         await self._app(scope, receive, send)
@@ -111,14 +117,16 @@ class RequireOwnHost:
     """Only requests to one of our own names, and from no other site's page: a name of a stranger's that leads to this machine (DNS
     rebinding), or a form on a page of his, would make a browser here ask for him."""
 
-    def __init__(self, app: ASGIApp, hosts: frozenset[str]) -> None:
+    def __init__(self, app: ASGIApp, hosts: frozenset[str], metrics: GatewayMetrics) -> None:
         self._app = app
+        self._metrics = metrics
         self._hosts = hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass one exchange on, or answer 403."""
         problem = self._problem(Headers(scope=scope)) if scope["type"] == "http" else None
         if problem is not None:
+            self._metrics.refused(problem.code)
             await problem.answer()(scope, receive, send)
             return
         await self._app(scope, receive, send)
@@ -160,17 +168,17 @@ def needs_key(path: str) -> bool:
     return path.startswith(_KEY_PATHS)
 
 
-def guard(app: FastAPI, access: Access, hosts: frozenset[str] | None = None) -> None:
+def guard(app: FastAPI, access: Access, metrics: GatewayMetrics, hosts: frozenset[str] | None = None) -> None:
     """Ask for keys, and for one of `hosts` if there are any. What is added later, such as the counting, sees the refusals too; what was
     added before, such as the tracing, does not."""
-    app.add_middleware(RequireKey, access=access)
+    app.add_middleware(RequireKey, access=access, metrics=metrics)
     if hosts is not None:
-        app.add_middleware(RequireOwnHost, hosts=hosts)
+        app.add_middleware(RequireOwnHost, hosts=hosts, metrics=metrics)
 
 
-def seal(app: FastAPI, max_body_bytes: int) -> None:
+def seal(app: FastAPI, max_body_bytes: int, metrics: GatewayMetrics) -> None:
     """Security headers and the last resort. Added last, so that it is outermost."""
-    app.add_middleware(GuardedAnswers, max_body_bytes=max_body_bytes)
+    app.add_middleware(GuardedAnswers, max_body_bytes=max_body_bytes, metrics=metrics)
 
 
 def without_values(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageOps
 
 Opened = tuple[str, Callable[[np.ndarray], np.ndarray]]
 
@@ -59,7 +59,12 @@ OPENERS = {".onnx": open_onnx, ".xml": open_openvino, ".pte": open_executorch, "
 
 def center_crop(image: Image.Image, size: int, crop_ratio: float, interpolation: str) -> np.ndarray:
     """The crop that the student was evaluated on: the shorter side resized to size / crop_ratio, then the centre. uint8 [S,S,3], RGB."""
+    is_adobe = "adobe" in image.info
     image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit grey: its high byte, where Pillow would cut off at 255
+        image = Image.fromarray((np.asarray(image).clip(0, 0xFFFF) >> 8).astype(np.uint8))
+    if image.mode == "CMYK" and not is_adobe:
+        image = ImageChops.invert(image)  # Pillow takes every CMYK JPEG for Adobe's inverted one
     if image.has_transparency_data:  # laid on white, as in training
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -37,7 +37,7 @@ def exposed(deploy: Any) -> set[str]:
     gateway.requests.labels("/v1/soft-labels", "200").inc()
     gateway.latency.labels("/v1/soft-labels").observe(0.1)
     gateway.images.labels("x", "labelled").inc()
-    gateway.refusals.labels("x", "queue_full").inc()
+    gateway.refused("queue_full", "x")
     samples = [(deploy.samples / name).read_text() for name in ("triton.txt", "ray.txt")]
     texts = (deploy.run_text(metrics), gateway.text().decode(), *samples)
     recorded = {rule["record"] for rule in deploy.rules() if "record" in rule}

@@ -366,7 +366,7 @@ def on_the_device(program: Path, *arguments: str) -> str:
     return subprocess.run([sys.executable, "-c", BLOCKED, str(program), *arguments], capture_output=True, text=True, check=True).stdout
 
 
-@pytest.mark.parametrize("case", ["square", "landscape", "portrait", "transparent", "grey", "turned"])
+@pytest.mark.parametrize("case", ["square", "landscape", "portrait", "transparent", "grey", "16-bit", "turned", "cmyk", "cmyk of Adobe"])
 def test_the_program_in_the_bundle_gives_our_logits_with_onnxruntime_alone(student: Path, tmp_path: Path, case: str) -> None:
     random = np.random.default_rng(3)
     height, width = {"square": (16, 16), "landscape": (40, 67), "portrait": (67, 40)}.get(case, (33, 50))
@@ -376,7 +376,16 @@ def test_the_program_in_the_bundle_gives_our_logits_with_onnxruntime_alone(stude
     if case == "turned":
         exif[0x0112] = 6
     path = tmp_path / "image.png"
+    if case == "16-bit":
+        image = Image.fromarray(pixels[..., 0].astype(np.uint16) << 8 | 0x7F)
+    if case.startswith("cmyk"):
+        path = path.with_suffix(".jpg")
+        image = Image.fromarray(pixels, "CMYK")
     image.save(path, exif=exif)
+    if case == "cmyk":
+        marker = path.read_bytes()
+        start = marker.index(b"\xff\xee")
+        path.write_bytes(marker[:start] + marker[start + 2 + int.from_bytes(marker[start + 2 : start + 4]) :])
     report = read_edge_report(student)
     model = student / report.recommended
     ratio = report.student.preprocessing.crop_ratio

@@ -267,9 +267,10 @@ def test_an_unforeseen_error_hides_its_inside() -> None:
         async def info(self) -> Any:
             raise RuntimeError("secret")
 
-    (answer,) = ask(get("/v1/models"), teacher=Broken())
+    answer, metrics = ask(get("/v1/models"), get("/metrics"), teacher=Broken())
     assert error_of(answer)[:2] == (500, "internal")
     assert "secret" not in answer.text
+    assert 'distill_gateway_refusals_total{code="internal",tenant="anybody"} 1.0' in metrics.text
 
 
 def test_models_and_health() -> None:

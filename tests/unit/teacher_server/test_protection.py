@@ -127,6 +127,8 @@ def test_with_keys_all_of_v1_and_the_metrics_need_one(keys: Any) -> None:
                 assert (await client.get(where)).status_code == 200, where
             answer = await client.post(LABELS, content=CROPS["content"], headers={**CROPS["headers"], "Authorization": f"Bearer {key}"})
             assert answer.status_code == 200
+            metrics = (await client.get("/metrics", headers={"X-API-Key": key})).text
+            assert 'distill_gateway_refusals_total{code="unauthorized",tenant="-"} 7.0' in metrics
 
     run(scenario)
 
