@@ -109,7 +109,6 @@ class CropLoader:
         self._steps_per_epoch = self.plan(0).num_steps
         self._plain = CropCache(settings.mixing_cache_bytes if recipe.mixing.mixes else 0)
         self._shards = _ShardCache(source, 2 * settings.window_shards, self._plain)
-        self._counted_pass: int | None = None
         self._crops_of_pass: int | None = None
 
     def plan(self, epoch: int) -> EpochPlan:
@@ -128,8 +127,6 @@ class CropLoader:
         Raises:
             TooManyRejected: the share of bad images is over the limit.
         """
-        if self._counted_pass is None:
-            self._counted_pass = epoch // self.settings.crops_per_decode  # an image is counted as seen once, not once an epoch
         if epoch // self.settings.crops_per_decode != self._crops_of_pass:
             # Some crops never have their second use: of images in the last batch that is left out, or whose partner is another worker's.
             self._crops_of_pass = epoch // self.settings.crops_per_decode
@@ -164,8 +161,6 @@ class CropLoader:
         per_decode, pass_ = self.settings.crops_per_decode, epoch // self.settings.crops_per_decode
         views_of_steps = [self.views_of(pass_ * per_decode + step % per_decode) for step in steps]
         whole = self._make(epoch, 0, tuple(chain.from_iterable(views_of_steps)), rows, shards)
-        if pass_ == self._counted_pass and steps[0] % per_decode == 0:
-            self.rejections.saw(len(rows))
         begin, batches, at = epoch % per_decode * self._steps_per_epoch, [], 0
         for step, views in zip(steps, views_of_steps, strict=True):
             crops_VBHWC = whole.crops_VBHWC[at : at + len(views)]
@@ -182,6 +177,7 @@ class CropLoader:
         return self._make(epoch, step, views, rows, self._shards.hold(rows))
 
     def _make(self, epoch: int, step: int, views: tuple[int, ...], rows: Rows, shards: dict[int, _Shard]) -> CropBatch:
+        self.rejections.saw_rows(self.source, rows)
         size = self.recipe.image_size
         crops_VBHWC = np.empty((len(views), len(rows), size, size, 3), dtype=np.uint8)
         kept: list[int] = []

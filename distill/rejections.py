@@ -2,12 +2,16 @@
 
 Unit of data: one JSON line {"image_id", "reason"} in `rejected.jsonl`. Several processes may share the file: each line is one O_APPEND
 write, which the kernel does not mix with another's. The share of bad images is each process's own, of the images that it saw.
+
+Of several workers each sees a part, and early in a pass so does one. A part may hold many bad images by chance: a job that has not seen all
+stops only when the share is over the limit by more than three standard deviations of a sample without replacement.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections import Counter
 from pathlib import Path
@@ -15,7 +19,11 @@ from threading import Lock
 from types import TracebackType
 from typing import Self
 
+import numpy as np
+
 from distill.errors import ConfigError, TooManyRejected
+from distill.plan import Rows
+from distill.sources.records import Source
 
 
 class RejectionLog:
@@ -37,6 +45,10 @@ class RejectionLog:
         self.max_share = max_share
         self.min_seen = min_seen
         self._num_seen = 0
+        self._num_images = 0
+        """Images of all sources that were begun."""
+        self._seen_rows: dict[tuple[str, ...], dict[int, bytearray]] = {}
+        """Source -> shard -> one bit a row."""
         self._listed: set[bytes] = set()
         """Eight bytes for each image refused: of a billion images a share may be many, and their ids would be held for the whole run."""
         self._reasons: Counter[str] = Counter()
@@ -44,9 +56,26 @@ class RejectionLog:
         self._lock = Lock()
 
     def saw(self, num_images: int = 1) -> None:
-        """So many more images were tried, the refused ones among them. Count an image once, not once an epoch."""
+        """So many more images were tried, the refused ones among them, and they are all there are."""
         with self._lock:
             self._num_seen += num_images
+            self._num_images += num_images
+
+    def saw_rows(self, source: Source, rows: Rows) -> None:
+        """The images at `rows`, int64 [N,2] (shard, row), are tried. Each counts once, however often and in whatever order they come."""
+        name = (source.shards[0].name, source.shards[-1].name, str(len(source.shards)), str(source.num_images))
+        with self._lock:
+            if name not in self._seen_rows:
+                self._seen_rows[name] = {}
+                self._num_images += source.num_images
+            seen = self._seen_rows[name]
+            for shard in np.unique(rows[:, 0]).tolist():
+                if shard not in seen:
+                    seen[shard] = bytearray((source.shards[shard].num_records + 7) // 8)
+                bits, row = np.frombuffer(seen[shard], dtype=np.uint8), rows[rows[:, 0] == shard, 1]
+                new = row[bits[row >> 3] >> (row & 7) & 1 == 0]
+                np.bitwise_or.at(bits, new >> 3, (1 << (new & 7)).astype(np.uint8))
+                self._num_seen += len(new)
 
     def reject(self, image_id: str, reason: str) -> None:
         """List an image. The same image again, in a later epoch, changes nothing."""
@@ -81,7 +110,7 @@ class RejectionLog:
         """Stop a job whose images are bad; call it once a batch.
 
         Raises:
-            TooManyRejected: the share is over the limit, and `min_seen` images were tried.
+            TooManyRejected: the share is over the limit by more than chance, and `min_seen` images were tried.
         """
         if self._num_seen >= self.min_seen:
             self._refuse_if_over()
@@ -113,7 +142,9 @@ class RejectionLog:
     def _refuse_if_over(self) -> None:
         reasons = self.counts()
         num_rejected, num_seen = reasons.total(), max(self._num_seen, reasons.total())
-        if num_rejected == 0 or num_rejected <= self.max_share * num_seen:
+        allowed = self.max_share * num_seen
+        by_chance = 3 * math.sqrt(allowed * max(0.0, 1 - num_seen / max(self._num_images, 1)))
+        if num_rejected == 0 or num_rejected <= allowed + by_chance:
             return
         reason, count = reasons.most_common(1)[0]
         raise TooManyRejected(

@@ -61,8 +61,6 @@ class UnitLabeller:
         self._rejections = rejections
         self._batch = batch
         self._in_flight = in_flight
-        self._seen: set[int] = set()
-        """Shards whose images count as tried: once, not once a view."""
 
     async def label(self, view: int, shard: int) -> UnitDone:
         """Label one unit and commit it, unless another job is at it.
@@ -84,9 +82,6 @@ class UnitLabeller:
     async def _label(self, view: int, shard: int) -> UnitDone:
         rows = self._loader.rows_of_shard(shard)
         seen, rejected = self._rejections.num_seen, self._rejections.num_rejected
-        if shard not in self._seen:
-            self._seen.add(shard)
-            self._rejections.saw(len(rows))
         limit = asyncio.Semaphore(self._in_flight)
 
         async def label(part: npt.NDArray[np.int64]) -> tuple[int, int]:

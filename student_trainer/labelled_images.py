@@ -24,13 +24,10 @@ def labelled_batches(loader: CropLoader, first_step: int) -> Generator[CropBatch
     Raises:
         TooManyRejected: the share of bad images is over the limit.
     """
-    first_pass = first_step // loader.plan(0).num_steps
     with ThreadPoolExecutor(loader.settings.num_threads, thread_name_prefix="crop") as pool:
         ahead: deque[Future[CropBatch]] = deque()
         try:
             for epoch, step, rows in _plans(loader, first_step):
-                if epoch == first_pass:
-                    loader.rejections.saw(len(rows))  # an image is counted as seen once
                 ahead.append(pool.submit(loader.make, epoch, step, loader.views_of(epoch), rows))
                 if len(ahead) > loader.settings.batches_ahead:
                     batch = ahead.popleft().result()

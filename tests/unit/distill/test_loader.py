@@ -387,6 +387,18 @@ class TestBadImages:
             assert len(list(loader.epoch(epoch))) == 3
         assert (log.num_seen, log.num_rejected) == (10, 1)
 
+    @pytest.mark.parametrize(("world", "start"), [(1, (0, 0)), (4, (0, 0)), (1, (3, 11))])
+    def test_bad_images_below_the_limit_stop_no_worker_and_no_resumed_job(self, tmp_path: Path, world: int, start: tuple[int, int]) -> None:
+        """3 of 100 are bad, 3 % allowed: a part of the images that was counted once would grow beyond it epoch by epoch."""
+        log = RejectionLog(tmp_path / "rejected.jsonl", max_share=0.03, min_seen=1)
+        loader = loader_of(MemorySource((50, 50), frozenset({7, 60, 98})), log, world=world, global_batch=8)
+        first, step = start
+        for epoch in range(first, first + 24):
+            list(loader.epoch(epoch, step if epoch == first else 0))
+        log.close()
+        assert log.num_rejected == 3
+        assert 95 < log.num_seen <= 100
+
     def test_too_many_stop_the_job(self, tmp_path: Path) -> None:
         log = RejectionLog(tmp_path / "rejected.jsonl", max_share=0.1, min_seen=8)
         loader = loader_of(MemorySource((40,), frozenset(range(0, 40, 2))), log)

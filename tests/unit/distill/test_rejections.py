@@ -6,12 +6,16 @@ import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
+import numpy as np
 import pytest
 
 from distill.errors import ConfigError, TooManyRejected
 from distill.rejections import RejectionLog
+from distill.sources.records import ShardInfo, Source
 
 ROOT = Path(__file__).parents[3]
 
@@ -63,6 +67,51 @@ def test_few_images_are_judged_at_the_end(tmp_path: Path) -> None:
     log.check()
     with pytest.raises(TooManyRejected, match=r"1 of 5 images \(20\.00%\)"):
         log.close()
+
+
+@dataclass(frozen=True)
+class Images:
+    """What the log wants to know of a source."""
+
+    shards: tuple[ShardInfo, ...]
+
+    @property
+    def num_images(self) -> int:
+        return sum(shard.num_records for shard in self.shards)
+
+
+IMAGES = cast("Source", Images(tuple(ShardInfo(f"shard {number}", 100) for number in range(100))))
+ROWS = np.stack(np.divmod(np.random.default_rng(0).permutation(10_000), 100), axis=1)
+"""Every image of IMAGES, in some order."""
+
+
+def test_an_image_is_seen_once_however_often_it_comes(tmp_path: Path) -> None:
+    log = RejectionLog(tmp_path / "rejected.jsonl", max_share=0)
+    for begin, end, seen in ((0, 64, 64), (32, 96, 96), (0, 96, 96), (96, 10_000, 10_000), (0, 10_000, 10_000)):
+        log.saw_rows(IMAGES, ROWS[begin:end])
+        assert log.num_seen == seen
+    other = cast("Source", Images((ShardInfo("another", 9),)))
+    log.saw_rows(other, np.array([[0, 8], [0, 0]]))
+    log.saw_rows(other, np.array([[0, 8], [0, 1]]))
+    assert log.num_seen == 10_003
+
+
+def test_a_part_may_be_over_the_limit_by_chance_and_the_whole_may_not(tmp_path: Path) -> None:
+    log = RejectionLog(tmp_path / "rejected.jsonl", max_share=0.01)
+    log.saw_rows(IMAGES, ROWS[:400])
+    for number in range(9):  # 4 allowed and, by chance, 3 * sqrt(4 * 0.96) more
+        log.reject(f"{number}", "truncated")
+        log.check()
+    log.reject("9", "truncated")
+    with pytest.raises(TooManyRejected, match="10 of 400 images"):
+        log.check()
+    log.saw_rows(IMAGES, ROWS)
+    for number in range(10, 100):
+        log.reject(f"{number}", "truncated")
+    log.check()
+    log.reject("100", "truncated")
+    with pytest.raises(TooManyRejected, match="101 of 10000 images"):
+        log.check()
 
 
 def test_another_error_is_not_hidden_by_the_last_check(tmp_path: Path) -> None:
