@@ -10,8 +10,9 @@ import torch
 
 from distill.crops import CropRecipe
 from distill.data_settings import DataSettings
+from distill.errors import SourceError
 from distill.label_metrics import FloatArray, IntArray
-from distill.loader import CropBatch, CropLoader, LoaderSettings
+from distill.loader import UNLABELLED, CropBatch, CropLoader, LoaderSettings
 from distill.models.classifier import Classifier
 from distill.rejections import RejectionLog
 from distill.sources import Source
@@ -31,12 +32,27 @@ def evaluation_batches(source: Source, data: DataSettings, rejections: Rejection
 def evaluate_on(
     predict: Callable[[npt.NDArray[np.uint8]], FloatArray], source: Source, data: DataSettings, rejections: RejectionLog
 ) -> tuple[FloatArray, IntArray]:
-    """(logits float32 [N,K], labels int64 [N]) of the source's images, `predict` being uint8 crops [B,H,W,3] -> logits [B,K]."""
+    """(logits float32 [N,K], labels int64 [N]) of the source's images, `predict` being uint8 crops [B,H,W,3] -> logits [B,K].
+
+    Raises:
+        SourceError: images without labels.
+    """
     logits, labels = [], []
     for batch in evaluation_batches(source, data, rejections):
         logits.append(predict(batch.crops_VBHWC[0]))
         labels.append(batch.labels_B)
-    return np.concatenate(logits), np.concatenate(labels)
+    return np.concatenate(logits), require_labels(np.concatenate(labels), data)
+
+
+def require_labels(labels_N: IntArray, data: DataSettings) -> IntArray:
+    """The labels int64 [N] of the test images.
+
+    Raises:
+        SourceError: some are missing.
+    """
+    if num_missing := int((labels_N == UNLABELLED).sum()):
+        raise SourceError(f"{data.test.path}: {num_missing} of {len(labels_N)} test images have no label; evaluation needs all of them")
+    return labels_N
 
 
 def network_logits(network: Classifier) -> Callable[[npt.NDArray[np.uint8]], FloatArray]:

@@ -40,6 +40,11 @@ def _open(images: ImagesSettings, class_names: tuple[str, ...] | None) -> Source
     )
 
 
+def has_labels(source: Source) -> bool:
+    """Whether every image of the first shard has a label; no more is read."""
+    return all(label is not None for _, label in source.read_labels(0))
+
+
 class ChosenImages:
     """Some of a source's images, held in memory as one shard."""
 
@@ -75,9 +80,23 @@ def open_labelled_subset(data: DataSettings, seed: int) -> Source:
     return ChosenImages(source, choose_labelled(source, data, seed))
 
 
-def choose_labelled(source: Source, data: DataSettings, seed: int) -> list[str]:
-    """Ids of the labelled images of `source` that the run may use. Raises as `open_labelled_subset`."""
+def choose_labelled(source: Source, data: DataSettings, seed: int, every_class: bool = False) -> list[str]:
+    """Ids of the labelled images of `source` that the run may use.
+
+    Args:
+        every_class: refuse a set that lacks one of its class names.
+
+    Raises:
+        SourceError: see `open_labelled_subset`.
+    """
     labels = scan_labels(source)
+    absent = sorted(set(range(len(source.class_names or ()))) - set(labels.values()))
+    if every_class and absent:
+        names = ", ".join(f"{k} ({(source.class_names or ())[k]})" for k in absent[:3]) + (", ..." if len(absent) > 3 else "")
+        raise SourceError(
+            f"{data.labelled.path} has no image of {len(absent)} of {len(source.class_names or ())} classes: {names};"
+            " give at least one of each, or take them out of the class names"
+        )
     if data.labelled_ids is not None:
         return listed_subset(labels, Path(data.labelled_ids), source.class_names)
     return labelled_subset(labels, data.label_fraction, seed, source.class_names)

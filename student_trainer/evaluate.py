@@ -12,11 +12,9 @@ from typing import Any
 import numpy as np
 
 from distill.data_settings import DataSettings
-from distill.errors import SourceError
-from distill.evaluation import evaluate_on, evaluation_batches, network_logits
+from distill.evaluation import evaluate_on, evaluation_batches, network_logits, require_labels
 from distill.image_sets import open_labelled
 from distill.label_metrics import FloatArray, IntArray, agreement, confusions, score
-from distill.loader import UNLABELLED
 from distill.models.saved_classifier import load_classifier
 from distill.rejections import RejectionLog
 from teacher_server.address import TeacherAddress, open_teacher
@@ -71,11 +69,7 @@ def _judge(logits_NK: FloatArray, labels_N: IntArray) -> dict[str, Any]:
 
 def _ask(teacher: TeacherAddress, data: DataSettings, rejections: RejectionLog) -> tuple[FloatArray, IntArray]:
     logits_NK, labels_N = asyncio.run(_ask_teacher(teacher, data, rejections))
-    if (labels_N == UNLABELLED).any():
-        raise SourceError(
-            f"{data.test.path}: {int((labels_N == UNLABELLED).sum())} test images have no label; evaluation needs all of them"
-        )
-    return logits_NK, labels_N
+    return logits_NK, require_labels(labels_N, data)
 
 
 async def _ask_teacher(address: TeacherAddress, data: DataSettings, rejections: RejectionLog) -> tuple[FloatArray, IntArray]:

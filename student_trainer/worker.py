@@ -20,7 +20,7 @@ from distill.cluster.ddp import sum_over_workers
 from distill.cluster.worker import Worker, settling
 from distill.errors import DistillError, TeacherUnavailable, TrainingDiverged
 from distill.evaluation import evaluate_on, network_logits
-from distill.image_sets import open_labelled
+from distill.image_sets import has_labels, open_labelled
 from distill.rejections import RejectionLog
 from student_trainer.halving import HeldOut, Scores, Selection
 from student_trainer.initial_weights import load_initial_weights
@@ -259,7 +259,7 @@ class _Run:
         self.worker.post({"kind": "stopped", "student": student.settings.name, **stopped.model_dump(mode="json")})
 
     def evaluate(self) -> None:
-        """Accuracy on the test images and mean loss (of worker 0's images) since the last evaluation, as a row for the journal."""
+        """Accuracy on test images that have labels, and mean loss (of worker 0's images) since the last time: a row of the journal."""
         means = {name: loss.total / loss.count for name, loss in self._losses.items()}
         self._losses.clear()
         if self.worker.rank != 0:
@@ -267,12 +267,14 @@ class _Run:
         epoch = self.epoch
         row: dict[str, Any] = {"kind": "epoch", "epoch": epoch, "step": epoch * self._steps_per_epoch, "loss": {}, "top1": {}}
         test = open_labelled(self.job.data.test, self.job.data)
+        is_scored = has_labels(test)
         for student in self._active:
             name = student.settings.name
-            logits_NK, labels_N = evaluate_on(network_logits(student.judged), test, self.job.data, self.rejections)
             if name in means:
                 row["loss"][name] = means[name]
-            row["top1"][name] = float((logits_NK.argmax(axis=1) == labels_N).mean())
+            if is_scored:
+                logits_NK, labels_N = evaluate_on(network_logits(student.judged), test, self.job.data, self.rejections)
+                row["top1"][name] = float((logits_NK.argmax(axis=1) == labels_N).mean())
         self.epochs.append(row)
         self.worker.post({**row, "time": time.time(), "totals": self.totals.estimate(self.worker.world)})
 

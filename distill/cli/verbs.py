@@ -15,7 +15,7 @@ from typing import Any
 from distill.cli.run import Run
 from distill.cli.run_crops import crops_of_test_images, sample_crops
 from distill.cli.tuning_file import tuned_settings
-from distill.errors import ConfigError, ParityError
+from distill.errors import ConfigError, ParityError, SourceError
 from distill.progress import console
 from distill.stages import Stage
 from export.settings import TeacherExportSettings
@@ -106,10 +106,15 @@ def finetune(run: Run) -> Result:
         return result
 
     def check() -> None:
-        from distill.image_sets import choose_labelled, open_labelled
+        from distill.image_sets import choose_labelled, has_labels, open_labelled
         from distill.models.classifier import check_image_size
 
-        choose_labelled(open_labelled(run.file.data.labelled, run.file.data), run.file.data, run.file.seed)
+        data = run.file.data
+        choose_labelled(open_labelled(data.labelled, data), data, run.file.seed, every_class=True)
+        if not has_labels(open_labelled(data.test, data)):
+            raise SourceError(
+                f"{data.test.path} (data.test) has images without labels, and the teacher is scored on them: give their labels"
+            )
         check_image_size(run.backbone, run.file.data.image_size)
 
     return _once(run.finetune, work, check)

@@ -305,17 +305,21 @@ def test_the_table_names_both_teachers() -> None:
     [
         ("pretrain", "pretrain.global_batch=9", "pretrain.global_batch 9 is larger than the 8 images"),
         ("finetune", "data.label_fraction=0.01", "fraction 0.01 of the 4 images of class"),
+        ("finetune", "data.test.path={images}/cat", r"\(data.test\) has images without labels"),
+        ("finetune", "data.class_names=[cat, cow, dog, fox]", r"no image of 2 of 4 classes: 1 \(cow\), 3 \(fox\); give at least one"),
         ("pretrain", "pretrain.network.depth=101", "image_size 8 is smaller than the network's total stride 32"),
     ],
 )
-def test_bad_input_is_refused_before_what_is_finished_moves(tree: dict[str, Any], verb: str, override: str, said: str) -> None:
+def test_bad_input_is_refused_before_what_is_finished_moves(
+    tree: dict[str, Any], images: Path, verb: str, override: str, said: str
+) -> None:
     good = run_of(tree, "pretrain.global_batch=4")
     finish(good.pretrain)
     finish(good.finetune)
     kept = good.folder / verb / "stage.json"
     before = kept.read_bytes()
     with pytest.raises(DistillError, match=said):
-        getattr(verbs, verb)(run_of(tree, "pretrain.global_batch=4", override))
+        getattr(verbs, verb)(run_of(tree, "pretrain.global_batch=4", override.format(images=images)))
     assert kept.read_bytes() == before
     assert not (good.folder / "old").exists()
 

@@ -489,6 +489,17 @@ def test_the_mean_loss_of_an_epoch_is_of_all_its_steps_also_after_a_death(
     assert cut == whole
 
 
+def test_where_test_images_have_no_labels_there_is_no_accuracy(
+    job_of: JobOf, photos: Path, tmp_path: Path, teachers: list[FakeTeacher]
+) -> None:
+    job = job_of(epochs=2)
+    flat = job.data.test.replace(path=str(next(photos.iterdir())))
+    _, rows = run(job.replace(data=job.data.replace(test=flat)), tmp_path / "run")
+    epochs = [row for row in rows if row["kind"] == "epoch"]
+    assert [row["top1"] for row in epochs] == [{}, {}]
+    assert all(row["loss"]["small"] > 0 for row in epochs)
+
+
 def test_evaluations_are_spread_evenly_and_the_last_epoch_is_one() -> None:
     assert [epoch for epoch in range(1, 11) if is_evaluated(epoch, 10, 3)] == [4, 7, 10]
     assert [epoch for epoch in range(1, 4) if is_evaluated(epoch, 3, 20)] == [1, 2, 3]

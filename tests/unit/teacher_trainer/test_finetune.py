@@ -18,7 +18,7 @@ from distill.checkpoint import PRETRAINED, Write, load_checkpoint, save_checkpoi
 from distill.cluster.worker import LocalWorker, Row
 from distill.crops import CropRecipe, center_crop, decode_image
 from distill.data_settings import DataSettings
-from distill.errors import CheckpointError, ConfigError
+from distill.errors import CheckpointError, ConfigError, SourceError
 from distill.evaluation import evaluate_on, evaluation_batches, network_logits
 from distill.label_metrics import score
 from distill.loader import CropLoader
@@ -459,6 +459,11 @@ class TestJob:
         result = load_checkpoint(tmp_path / "checkpoint").manifest["result"]
         assert (result["num_labelled"], result["steps"], result["scores"]["num_images"]) == (16, 12, 32)
         assert result["scores"]["top1"] == top1_of(saved.network, images, tmp_path)
+
+    def test_test_images_without_labels_give_no_score(self, images: Path, checkpoint: Path, tmp_path: Path) -> None:
+        job = self.job(images, tmp_path, checkpoint, test={"path": str(images / "red")})
+        with pytest.raises(SourceError, match="red: 16 of 16 test images have no label; evaluation needs all of them"):
+            finetune_worker(job.model_dump(mode="json"), LocalWorker(tmp_path, device=torch.device("cpu")))
 
     def test_fresh_weights_are_those_of_the_seed(self, images: Path, tmp_path: Path) -> None:
         networks = []
