@@ -250,7 +250,7 @@ def ways(rates: StageRates, work: Work, found: Needs, price_per_hour: float | No
         return Way(name=name, phases=some, seconds=seconds, images_per_s=work.trained / seconds, device_hours=hours, cost=cost)
 
     training = phase("train", work.trained, workers, replay)
-    asking = phase("ask and train", work.asked, everybody, {**label, **replay})
+    asking = phase("ask and train", work.asked, everybody, {**replay, **label})
     made = [
         way("labels asked while training", asking, phase("train on stored labels", work.trained - work.asked, workers, replay)),
         way("labels made ahead", phase("label", work.asked, teachers, label), training),

@@ -92,10 +92,12 @@ def make_plan(run: Run, options: dict[str, Any]) -> CapacityPlan:
         options: the command's, by name.
 
     Raises:
+        ConfigError: fewer images than a batch has.
         StageMissing: something must be measured, and the teacher is not exported.
         DistillError: what measuring raises.
     """
     from distill.cli.plan_report import CapacityPlan, assumptions
+    from distill.errors import ConfigError
     from student_trainer.capacity import needs, predict, undisturbed, ways, workers_for
     from student_trainer.capacity_scale import growth, memory, traffic
 
@@ -106,6 +108,8 @@ def make_plan(run: Run, options: dict[str, Any]) -> CapacityPlan:
         views=options["views"] or own.views,
         images_per_shard=options["images_per_shard"] or own.images_per_shard,
     )
+    if wanted.images < wanted.global_batch:
+        raise ConfigError(f"{wanted.images} images are less than one batch (train.global_batch {wanted.global_batch}); plan for more")
     measured, rates = None, given_rates(run, options)
     prediction = undisturbed_prediction = None
     if rates is None:
@@ -148,7 +152,7 @@ def own_work(run: Run) -> Work:
         images=images.num_images,
         epochs=file.train.epochs,
         views=file.train.num_views,
-        global_batch=file.train.global_batch,
+        global_batch=job.loading(images).global_batch,
         num_classes=len(run.class_names),
         images_per_shard=images.num_images / len(images.shards),
         window_shards=file.data.window_shards,

@@ -79,6 +79,14 @@ def test_the_tables_say_the_same(run_file: Path, capsys: pytest.CaptureFixture[s
         assert words in said
 
 
+def test_fewer_images_than_a_batch(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Refused, but for labelled images alone: a run makes one batch of them."""
+    assert run_command(["plan", "--config", str(run_file), *RATES, "--images", "9"]) == 2
+    assert "9 images are less than one batch (train.global_batch 10)" in capsys.readouterr().err
+    labelled = planned(run_file, *RATES, "train.images=labelled", "train.global_batch=100", capsys=capsys)
+    assert (labelled["work"]["images"], labelled["work"]["global_batch"]) == (60, 60)
+
+
 def test_without_rates_and_teacher_it_says_what_comes_first(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(["plan", "--config", str(run_file)]) == 2
     assert "export-teacher" in capsys.readouterr().err

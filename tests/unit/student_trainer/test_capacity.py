@@ -81,6 +81,16 @@ def test_the_ways_are_their_formulas() -> None:
     assert one_by_one.seconds == pytest.approx(images * (2 / 400 + 1 / 1000 + 1 / 4000) / 12)
 
 
+def test_labels_that_are_slow_to_keep_hold_up_those_who_ask_only() -> None:
+    rates = RATES.replace(keep=100, read=1e6)
+    found = needs(rates, WORK, workers=4).model_copy(update={"teachers": 8, "decode_threads": 8})
+    live = ways(rates, WORK, found)[0]
+    assert [(phase.limited_by, phase.seconds) for phase in live.phases] == [
+        ("store", pytest.approx(5e6 / 400)),
+        ("student", pytest.approx(25e6 / 3200)),
+    ]
+
+
 def test_with_few_teachers_the_first_epochs_are_theirs() -> None:
     found = needs(RATES, WORK, workers=4).model_copy(update={"teachers": 1, "decode_threads": 8})
     live = ways(RATES, WORK, found)[0]
