@@ -40,11 +40,11 @@ class Cost(Section):
     stream_share: float
     """Of all crops that students were trained on, summed over the students."""
     step_seconds: float
-    """Its own training steps, on every device of the group."""
+    """Its own training steps, summed over the devices of the group."""
     teacher_calls: float
     """Its share of the labels asked for."""
     label_bytes: float
-    """Its share of the store."""
+    """Its share of the store at the end, which may hold labels of earlier runs too."""
 
 
 class Candidate(Section):
@@ -118,7 +118,7 @@ def costs_of(train: dict[str, Any]) -> dict[str, Cost]:
         name: Cost(
             images=counts["images"],
             stream_share=counts["images"] / whole,
-            step_seconds=counts["seconds"],
+            step_seconds=counts["seconds"] * train.get("num_workers", 1),  # runs of an earlier version do not say
             teacher_calls=train["totals"]["asked"] * counts["images"] / whole,
             label_bytes=train["store"]["size_bytes"] * counts["images"] / whole,
         )

@@ -31,10 +31,10 @@ def train_students(job: TrainJob, settings: RaySettings, folder: Path, title: st
         monitor: who watches beside the terminal.
 
     Returns:
-        Plain data: `totals` (see `student_trainer.totals`), `epochs`, one row an epoch (loss and test top-1 of each student), and
-        `stopped`: student -> why it ended before the others (see `Stopped`; one that diverged has no folder), `selection` (see
-        `student_trainer.halving.Selection`), and of each student `num_parameters` and `steps`, those that it took: of the control all there
-        are, and of a student that was stopped fewer.
+        Plain data: `totals` (see `student_trainer.totals`), `epochs`, one row an epoch (loss and test top-1 of each student), `stopped`:
+        student -> why it ended before the others (see `Stopped`; one that diverged has no folder), `selection` (see
+        `student_trainer.halving.Selection`), `num_workers` of the group, and of each student `num_parameters` and `steps`, those that it
+        took: of the control all there are, and of a student that was stopped fewer.
 
     Raises:
         DistillError: what a worker met, as the class it was there.
@@ -44,7 +44,8 @@ def train_students(job: TrainJob, settings: RaySettings, folder: Path, title: st
         progress = keep_students(final / "students", job, folder)
     for name, stopped in progress["stopped"].items():
         console.print(f"  {name} ended after {stopped['step']} steps ({stopped['why']}): {stopped['detail']}", markup=False)
-    return {name: progress[name] for name in ("totals", "epochs", "stopped", "selection", "num_parameters", "steps")}
+    said = {name: progress[name] for name in ("totals", "epochs", "stopped", "selection", "num_parameters", "steps")}
+    return {**said, "num_workers": settings.num_workers}
 
 
 def keep_students(checkpoint: Path, job: TrainJob, folder: Path) -> dict[str, Any]:

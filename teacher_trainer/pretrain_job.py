@@ -52,7 +52,7 @@ def identity_of(job: PretrainJob, source: Source) -> str:
     return digest_of(
         {
             "settings": job.pretrain.model_dump(mode="json", exclude=without_effect),
-            "preprocessing": job.data.preprocessing.model_dump(mode="json"),
+            "preprocessing": job.data.preprocessing.model_dump(mode="json", include={"image_size", "mean", "std"}),
             "window_shards": job.data.window_shards,
             "seed": job.seed,
             "images": source.digest(),

@@ -127,7 +127,8 @@ class Run:
     def pretrain(self) -> Stage:
         """Stage 1."""
         settings = plain(self.file.pretrain.replace(checkpoint_every_s=1, checkpoint_blocks=False))  # neither changes what comes out
-        return Stage(self.folder, "pretrain", {"pretrain": settings, "crops": self._crops}, {"images": self.images("unlabelled")})
+        crops = {name: value for name, value in self._crops.items() if name not in ("crop_ratio", "interpolation")}  # it evaluates nothing
+        return Stage(self.folder, "pretrain", {"pretrain": settings, "crops": crops}, {"images": self.images("unlabelled")})
 
     @property
     def pretrained(self) -> Path:

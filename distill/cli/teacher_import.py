@@ -191,6 +191,16 @@ def _onnx(
     }
 
 
+def crop_notes(result: Result, data: Preprocessing) -> list[str]:
+    """What differs between the crops that an imported network was made for and those of the run, a line each."""
+    seen = result["preprocessing"]
+    return [
+        f"data.{name} is {getattr(data, name)}, but it was made for {seen[name]}: set data.{name} to that, or lose some accuracy"
+        for name in ("crop_ratio", "interpolation")
+        if seen[name] != getattr(data, name)
+    ]
+
+
 def _simclr(settings: ImportSettings, folder: Path, class_names: Sequence[str] | None, stated: StatedPreprocessing) -> Result:
     from teacher_trainer.simclr_import import CLASSIFIER_FOLDER, PRETRAINED_FOLDER, SimclrFound, import_simclr
 

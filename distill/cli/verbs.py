@@ -125,7 +125,7 @@ def import_teacher(run: Run) -> Result:
 
     def work(folder: Path) -> Result:
         from distill.cli.import_report import describe
-        from distill.cli.teacher_import import import_into
+        from distill.cli.teacher_import import crop_notes, import_into
 
         file = run.file
         assert file.import_ is not None
@@ -137,6 +137,7 @@ def import_teacher(run: Run) -> Result:
             teacher=file.teacher,
             sample=lambda preprocessing: sample_crops(run, file.teacher.num_crops),
         )
+        result["notes"] += crop_notes(result, file.data.preprocessing)
         for line in describe(result, folder):
             console.print(f"  {line}", markup=False)
         return result

@@ -88,6 +88,8 @@ class TestWhatAStageDependsOn:
         [
             ("pretrain.epochs=7", {"pretrain", *FROM_FINETUNING_ON}),
             ("data.std=[0.5,0.5,0.5]", {"pretrain", "control", *FROM_FINETUNING_ON}),
+            ("data.crop_ratio=0.5", {"control", *FROM_FINETUNING_ON}),  # not of pretraining, which evaluates nothing
+            ("data.interpolation=bicubic", {"control", *FROM_FINETUNING_ON}),
             ("data.label_fraction=0.5", {"control", *FROM_FINETUNING_ON}),
             ("data.class_names=[dog,cat]", {"control", *FROM_FINETUNING_ON}),
             ("finetune.linear=true", FROM_FINETUNING_ON),
@@ -232,6 +234,19 @@ class TestImports:
         with pytest.raises(ConfigError, match=r"nothing to fine-tune; go on with `distill export-teacher`, or set import.take=pretrained"):
             verbs.finetune(run)
         assert not run.finetune.folder.exists()
+
+    def test_other_crops_than_the_teachers_are_said(self, imported: dict[str, Any], tmp_path: Path) -> None:
+        seen = Preprocessing(image_size=8, crop_ratio=1.0, interpolation="bicubic")
+        card = ClassifierCard(network=TEACHER, class_names=("cat", "dog"), preprocessing=seen)
+        save_classifier(tmp_path / "teacher" / "checkpoint", build_classifier(TEACHER, 2, seen), card)
+        of_teacher = f"import.path={tmp_path / 'teacher'}"
+        notes = verbs.import_teacher(run_of(imported, of_teacher))["notes"]
+        assert [note.partition(":")[0] for note in notes] == [
+            "data.crop_ratio is 0.875, but it was made for 1.0",
+            "data.interpolation is bilinear, but it was made for bicubic",
+        ]
+        same = run_of(imported, of_teacher, "data.crop_ratio=1.0", "data.interpolation=bicubic", f"run_dir={tmp_path / 'same'}")
+        assert verbs.import_teacher(same)["notes"] == []
 
     def test_of_a_classifier_and_a_pretrained_network_the_run_takes_what_it_says(self, imported: dict[str, Any], tmp_path: Path) -> None:
         card = ClassifierCard(network=TEACHER, class_names=("cat", "dog"), preprocessing=Preprocessing(image_size=8))

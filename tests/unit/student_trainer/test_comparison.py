@@ -40,6 +40,8 @@ def test_a_label_is_shared_by_those_who_learn_from_it() -> None:
     assert (costs["a"].teacher_calls, costs["b"].teacher_calls) == (pytest.approx(600), pytest.approx(300))
     assert (costs["a"].label_bytes, costs["b"].label_bytes) == (pytest.approx(2000), pytest.approx(1000))
     assert (costs["b"].images, costs["b"].step_seconds) == (500, 1)
+    on_four = costs_of({"totals": TOTALS, "store": {"size_bytes": 3000}, "num_workers": 4})
+    assert (on_four["b"].images, on_four["b"].step_seconds) == (500, 4)
 
 
 def test_students_are_in_order_and_one_that_diverged_is_still_named() -> None:
