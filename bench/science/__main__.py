@@ -18,10 +18,11 @@ from typing import Any
 import click
 import torch
 
-from bench.science.arms import ARMS, IMAGE_SIZE, SETTINGS, Arms
+from bench.science.arms import ARMS, IMAGE_SIZE, SETTINGS, Arms, self_training, small_training
 from bench.science.search import ROWS, score_candidates
 from bench.science.stages import Stages
 from bench.science.table import write_table
+from distill.config import digest_of
 from distill.data_settings import DataSettings, ImagesSettings
 from distill.image_sets import class_names_of, open_unlabelled
 from distill.machine import describe_machine
@@ -64,9 +65,10 @@ def run(
             console.print(f"stopped after {duration(time.monotonic() - started)}; the same command goes on")
             break
         scores = ARMS[arm](arms)
-        cell = {"arm": arm, "fraction": fraction, "seed": seed, **scores, "machine": _machine()}
+        setting = _described(dataset)
+        cell = {"arm": arm, "fraction": fraction, "seed": seed, **scores, "machine": _machine(), "setting": digest_of(setting)}
         kept["cells"] = [c for c in kept["cells"] if (c["arm"], c["fraction"], c["seed"]) != (arm, fraction, seed)] + [cell]
-        kept |= {"dataset": dataset, "setting": _described(dataset)}
+        kept |= {"dataset": dataset, "setting": setting}
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(kept, indent=1) + "\n")
         console.print(f"[bold]{arm}[/bold], {fraction:.0%} of the labels, seed {seed}: top-1 {scores['top1']:.2%}")
@@ -121,9 +123,8 @@ def _described(dataset: str) -> dict[str, Any]:
         "finetune": {f"{fraction:g}": s.model_dump(mode="json") for fraction, s in setting.finetune.items()},
         "supervised": {f"{fraction:g}": s.model_dump(mode="json") for fraction, s in setting.supervised.items()},
         "supervised_student": {f"{fraction:g}": s.model_dump(mode="json") for fraction, s in setting.supervised_student.items()},
-        "distill_epochs": setting.distill_epochs,
-        "self_distill_epochs": setting.self_distill_epochs,
-        "min_area": setting.min_area,
+        "self_distill": self_training(setting).model_dump(mode="json"),
+        "distill": small_training(setting).model_dump(mode="json"),
     }
 
 

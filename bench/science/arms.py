@@ -201,7 +201,14 @@ class Arms:
 
     def student_of_finetuned(self) -> Result:
         """The small network on the soft labels of the teacher that was fine-tuned only."""
-        served = self.stages.serve(self._finetuned())
+        return self._taught(self.stages.serve(self._finetuned()))
+
+    def student_of_self_distilled_at_1(self) -> Result:
+        """The small network on the soft labels of the teacher that was self-distilled at temperature 1, which stayed calibrated."""
+        made = self.stages.distill(self.stages.serve(self._finetuned()), self_training(self.setting, 1.0), self.fraction)
+        return self._taught(self.stages.serve(made, student="self-distilled"))
+
+    def _taught(self, served: Made) -> Result:
         return self.stages.distill(served, small_training(self.setting), self.fraction).result["scores"]["small"]
 
     def _pretrained(self) -> Made:
@@ -239,5 +246,6 @@ ARMS: dict[str, Callable[[Arms], Result]] = {
     "student, distilled + labels (alpha 0.5)": Arms.student_mixed,
     "student, distilled on all images at temperature 0.1": Arms.student_at_teachers_temperature,
     "student, distilled from the fine-tuned teacher": Arms.student_of_finetuned,
+    "student, distilled from the teacher self-distilled at temperature 1": Arms.student_of_self_distilled_at_1,
 }
 """Row of the table -> how it is made."""

@@ -14,6 +14,8 @@ from typing import Any
 import matplotlib
 import numpy as np
 
+from distill.config import digest_of
+
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
@@ -33,6 +35,11 @@ PAIRS = (
         "student, distilled on all images at temperature 0.1",
         "student, distilled from the fine-tuned teacher",
     ),
+    (
+        "the same, self-distilled at temperature 1",
+        "student, distilled from the teacher self-distilled at temperature 1",
+        "student, distilled from the fine-tuned teacher",
+    ),
     ("labels beside soft labels help", "student, distilled + labels (alpha 0.5)", "student, distilled on all images"),
 )
 """(what is asked, the arm that should be better, the arm it is compared with). All but the other temperatures is in the paper."""
@@ -40,9 +47,9 @@ PAIRS = (
 
 def write_table(results: Path, arms: Sequence[str]) -> list[Path]:
     """Write `TABLE.md` and `science.png`; return their paths."""
-    sets = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    sets = [_of_one_setting(json.loads(path.read_text())) for path in sorted(results.glob("*.json"))]
     lines = ["# Science table", "", "Made by `python -m bench.science table`; do not edit. Top-1 on 10,000 test images, mean ± spread", ""]
-    lines[2] += " (standard deviation over seeds); one seed has no spread."
+    lines[2] += " (standard deviation over seeds; one seed has no spread), and the mean expected calibration error (ECE) at temperature 1."
     for kept in sets:
         lines += _one_set(kept, arms)
     path, picture = results / "TABLE.md", results / "science.png"
@@ -51,11 +58,19 @@ def write_table(results: Path, arms: Sequence[str]) -> list[Path]:
     return [path, picture]
 
 
+def _of_one_setting(kept: dict[str, Any]) -> dict[str, Any]:
+    """Without the cells that were trained by other settings than the last."""
+    own = [cell for cell in kept["cells"] if cell["setting"] == digest_of(kept["setting"])]
+    return {**kept, "cells": own, "others": len(kept["cells"]) - len(own)}
+
+
 def _one_set(kept: dict[str, Any], arms: Sequence[str]) -> list[str]:
     cells = kept["cells"]
     fractions = sorted({cell["fraction"] for cell in cells})
     machines = Counter(cell["machine"] for cell in cells)
     lines = [f"## {kept['dataset']}", "", "; ".join(f"{count} cells: {machine}" for machine, count in machines.most_common()) + ".", ""]
+    if kept["others"]:
+        lines[2] += f" {kept['others']} cells of other settings are left out."
     lines += [
         "| arm | parameters | " + " | ".join(f"{f:.0%} of the labels" for f in fractions) + " |",
         "|---|--:|" + "--:|" * len(fractions),
@@ -63,7 +78,7 @@ def _one_set(kept: dict[str, Any], arms: Sequence[str]) -> list[str]:
     for arm in arms:
         own = [cell for cell in cells if cell["arm"] == arm]
         if own:
-            values = [_mean_and_spread([c["top1"] for c in own if c["fraction"] == f]) for f in fractions]
+            values = [_mean_and_spread([c for c in own if c["fraction"] == f]) for f in fractions]
             lines.append(f"| {arm} | {own[0]['num_parameters']:,} | " + " | ".join(values) + " |")
     lines += ["", "| the paper says | " + " | ".join(f"{f:.0%}: points" for f in fractions) + " |", "|---|" + "--:|" * len(fractions)]
     for title, better, other in PAIRS:
@@ -71,11 +86,12 @@ def _one_set(kept: dict[str, Any], arms: Sequence[str]) -> list[str]:
     return [*lines, ""]
 
 
-def _mean_and_spread(values: Sequence[float]) -> str:
-    if not values:
+def _mean_and_spread(cells: Sequence[Cell]) -> str:
+    if not cells:
         return ""
-    spread = f" ± {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{100 * np.mean(values):.1f}{spread} ({len(values)})"
+    tops = [cell["top1"] for cell in cells]
+    spread = f" ± {100 * np.std(tops, ddof=1):.1f}" if len(tops) > 1 else ""
+    return f"{100 * np.mean(tops):.1f}{spread} ({len(tops)}); ECE {np.mean([cell['ece'] for cell in cells]):.2f}"
 
 
 def _difference(cells: Sequence[Cell], fraction: float, better: str, other: str) -> str:

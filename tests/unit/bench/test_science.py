@@ -16,7 +16,7 @@ from bench.science.arms import ARMS, SETTINGS, STUDENT, Arms, self_training, sma
 from bench.science.datasets import write_shards
 from bench.science.table import write_table
 from distill.cli.run_file import read_run_file
-from distill.config import Section
+from distill.config import Section, digest_of
 from teacher_trainer.settings import FinetuneSettings
 
 ROOT = Path(__file__).parents[3]
@@ -92,16 +92,21 @@ def test_an_arm_of_distillation_goes_through_every_stage(images: Path, tmp_path:
 
 
 def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
-    """The spread of the two arms is 10 points, that of their difference is none; a seed without its partner does not count."""
+    """The spread of the two arms is 10 points, that of their difference is none; a seed without its partner does not count, nor does a
+    cell of other settings."""
     tops = {"teacher, pretrained + fine-tuned": [0.5, 0.6, 0.7], "teacher, supervised only": [0.4, 0.5]}
     cells = [
-        {"arm": arm, "fraction": 0.01, "seed": seed, "top1": top, "num_parameters": 1000, "machine": "a machine"}
+        {"arm": arm, "fraction": 0.01, "seed": seed, "top1": top, "ece": top / 10, "num_parameters": 1000, "machine": "a machine"}
         for arm, values in tops.items()
         for seed, top in enumerate(values)
     ]
-    (tmp_path / "small.json").write_text(json.dumps({"dataset": "small", "cells": cells}))
+    setting = {"epochs": 1}
+    cells = [{**cell, "setting": digest_of(setting)} for cell in cells]
+    cells.append({**cells[0], "seed": 7, "top1": 0.1, "setting": digest_of({"epochs": 2})})
+    (tmp_path / "small.json").write_text(json.dumps({"dataset": "small", "setting": setting, "cells": cells}))
     text = write_table(tmp_path, list(ARMS))[0].read_text()
-    assert "| teacher, pretrained + fine-tuned | 1,000 | 60.0 ± 10.0 (3) |" in text
-    assert "| teacher, supervised only | 1,000 | 45.0 ± 7.1 (2) |" in text
+    assert "| teacher, pretrained + fine-tuned | 1,000 | 60.0 ± 10.0 (3); ECE 0.06 |" in text
+    assert "| teacher, supervised only | 1,000 | 45.0 ± 7.1 (2); ECE 0.04 |" in text
     assert "| pretraining helps the teacher | +10.0 ± 0.0 |" in text
+    assert "5 cells: a machine. 1 cells of other settings are left out." in text
     assert (tmp_path / "science.png").stat().st_size > 1000
