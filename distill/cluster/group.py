@@ -20,7 +20,7 @@ import ray.train
 import ray.train.torch
 import torch
 from ray.train import CheckpointUploadMode
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 
 from distill.checkpoint import Write, fsync_path
 from distill.cluster.board import BoardHandle, raise_failure, report_failure, start_board
@@ -34,6 +34,8 @@ from distill.progress import RowLine, console
 
 RAY_FOLDER = "ray"
 """In the folder of a stage: what Ray Train keeps of the run, checkpoints among it."""
+WAIT_S = 24 * 3600
+"""How long workers wait for one of them that waits for the teacher, or evaluates. One that died is noticed by Ray, not by waiting."""
 
 Entry: TypeAlias = Callable[[dict[str, Any], Worker], None]
 """A training loop. Ray pickles it by reference: it must be importable in a worker, so a function at the top of a module of ours."""
@@ -108,6 +110,7 @@ def _ask_to_stop(board: BoardHandle, title: str) -> bool:
 def _trainer(order: dict[str, Any], settings: RaySettings, folder: Path) -> TorchTrainer:
     return TorchTrainer(
         _work,
+        torch_config=TorchConfig(timeout_s=WAIT_S),
         train_loop_config={**order, "folder": str(folder.absolute() / RAY_FOLDER)},
         scaling_config=ray.train.ScalingConfig(
             num_workers=settings.num_workers,
