@@ -75,7 +75,7 @@ def main(work: Path, most: int, batches: int, kinds: tuple[str, ...], probe: tup
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "stream_memory.json").write_text(json.dumps({"machine": describe_machine(), "rows": rows}, indent=1) + "\n")
     (RESULTS / "stream_memory.md").write_text(
-        f"Made by `python -m bench.stream_memory`; do not edit. {describe_machine()}.\n\n{_table(rows)}"
+        f"Made by `python -m bench.stream_memory --work FOLDER`; do not edit. {describe_machine()}.\n\n{_table(rows)}"
     )
 
 

@@ -18,6 +18,7 @@ mkdir -p "$SCRATCH"
 SCRATCH=$(cd "$SCRATCH" && pwd)
 PROJECT=distill-verify
 RUNS=$SCRATCH/runs
+JOURNAL=$RUNS/verify/train/metrics.jsonl
 FILES=(-f docker-compose.yml -f deploy/compose.cpu.yml)
 SERVICES=(secrets teacher triton gateway ray-head ray-worker trainer tensorboard prometheus)
 [ "$STANDINS" = no ] && SERVICES+=(grafana)
@@ -60,8 +61,12 @@ crash() { kill -9 "$(docker inspect -f '{{.State.Pid}}' "$(stack ps -q "$1")")";
 restarts() { docker inspect -f '{{.RestartCount}}' "$(stack ps -q "$1")"; }
 query() { curl -s -m 10 --get --data-urlencode "query=$1" "$PROMETHEUS/api/v1/query"; }
 has_result() { query "$1" | holds '"value":\['; }
-steps_done() { grep -c '"kind": *"step"' "$RUNS/verify/train/metrics.jsonl" 2> /dev/null || true; }
+steps_done() { grep -c '"kind": *"step"' "$JOURNAL" 2> /dev/null || true; }
 trains() { [ "$(steps_done)" -gt "${1:-0}" ]; }
+# `step` of the journal's rows that hold $1, from row $2 on: the next step of each checkpoint, the first one of each training process.
+steps_of() { tail -n "+${2:-1}" "$JOURNAL" | grep -- "$1" | grep -o '"step": *[0-9]*' | grep -o '[0-9]*$'; }
+KEPT='"kind": *"checkpoint"' BEGUN='"images_per_s": *null'
+has_kept() { [ "$(steps_of "$KEPT" | wc -l)" -ge "$1" ]; }
 
 clean_up() {
   local code=$?
@@ -174,22 +179,28 @@ follows() { stack logs trainer 2>&1 | holds 'runs this command already; it is fo
 wait_for 120 "the trainer's return" follows
 saw "the trainer is back and follows the same job; no second one was started"
 
+wait_for 300 "a checkpoint that is whole" has_kept 2 # the second waits until the first is written
+at=$(wc -l < "$JOURNAL")
+before=$(steps_of '"kind": *"step"' | tail -n 1)
 crash ray-worker
-saw "kill -9 of Ray's worker"
+saw "kill -9 of Ray's worker, after step $before"
 wait_for 300 "Ray's worker" is_healthy ray-worker
-at=$(steps_done)
-wait_for 400 "steps after the worker's return" trains $((at + 5)) # rows that were on their way do not count
-saw "Ray's worker is back; training goes on from its checkpoint"
+wait_for 400 "a step of a new training process" steps_of "$BEGUN" $((at + 1))
+first=$(steps_of "$BEGUN" $((at + 1)) | sed -n 1p)
+steps_of "$KEPT" | holds "^$((first - 1))\$" || fail "training goes on with step $first, and no checkpoint was written after step $((first - 1))"
+saw "Ray's worker is back; training goes on with step $first, the next one of a checkpoint"
 
 for expression in 'up{job="triton"} == 1' 'up{job="gateway"} == 1' 'up{job="ray"} == 1' nv_inference_request_success distill_gateway_requests_total \
   distill_images_total 'distill_labels_total{source="teacher"}' distill_student_loss; do
   wait_for 60 "$expression in Prometheus" has_result "$expression"
 done
 saw "Prometheus has Triton, the gateway (by its key), Ray and the run"
-asked=0
+asked=0 filled=0
 while IFS= read -r expression; do
-  query "$expression" | holds '"status":"success"' || fail "the dashboard's expression is refused: $expression"
+  query "$expression" > "$SCRATCH/answer"
+  holds '"status":"success"' < "$SCRATCH/answer" || fail "the dashboard's expression is refused: $expression"
   asked=$((asked + 1))
+  holds '"result":\[\]' < "$SCRATCH/answer" || filled=$((filled + 1)) # of a metric that nobody exposes Prometheus answers success, too
 done < <(python3 -c '
 import json, re, sys
 variables = {"__rate_interval": "5m", "__interval": "1m", "__range": "1h"}
@@ -205,7 +216,7 @@ for panel in panels(board["panels"]):
     for target in panel.get("targets", []):
         print(" ".join(re.sub(r"\$\{?(\w+)(:\w+)?\}?", lambda m: variables.get(m[1], m[0]), target["expr"]).split()))
 ')
-saw "$asked expressions of the dashboard answered by this Prometheus"
+saw "$asked expressions of the dashboard accepted by this Prometheus; $filled of them have a result"
 status_of "http://127.0.0.1:16006/data/runs" > /dev/null
 grep -q verify "$SCRATCH/answer" || fail "TensorBoard shows no run"
 [ "$STANDINS" = yes ] || wait_for 60 Grafana is_status 200 "http://127.0.0.1:13000/api/health"
@@ -221,7 +232,7 @@ saw "the run is done: $students students with edge files and a report in ./runs"
 
 # --- two workers; a graceful stop in the middle of a longer run, which writes no checkpoint of its own accord ---
 export DISTILL_OVERRIDES="$DISTILL_OVERRIDES train.epochs=40 train.checkpoint_every_steps=1000000 ray.num_workers=2"
-rm -f "$RUNS/verify/train/metrics.jsonl"
+rm -f "$JOURNAL"
 stack up -d --no-deps --no-recreate --scale ray-worker=2 ray-worker > "$SCRATCH/up2.log" 2>&1
 wait_for 120 "a second Ray worker in Prometheus" has_result 'count(up{job="ray"} == 1) == 3'
 stack up -d --no-deps --scale ray-worker=2 trainer >> "$SCRATCH/up2.log" 2>&1

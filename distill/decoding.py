@@ -18,6 +18,7 @@ from __future__ import annotations
 import io
 import re
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -29,6 +30,10 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from distill.errors import ImageError
+
+# Pillow warns of each damaged EXIF tag, naming it, so that no warning is like another: a file of 780 kB gave 130,000 lines on the gateway's
+# stderr. Once for the process, since `catch_warnings` is not safe among threads.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin$")
 
 MAX_PIXELS = 50_000_000
 """Default limit of height x width: 150 MB as RGB. While it is decoded an image takes up to 15 bytes a pixel (RGBA, turned by EXIF)."""

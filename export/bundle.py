@@ -18,6 +18,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from distill.errors import BadInput, StageMissing
+from export.bundle_check import is_safe
 from export.bundle_manifest import MANIFEST, BundledFile, BundleManifest, checksum_of
 from export.card import CARD_JSON, CARD_MARKDOWN, StudentCard, markdown
 from export.edge import EDGE_FILE, EdgeReport, read_edge_report
@@ -39,9 +40,12 @@ def make_bundle(folder: Path, target: Path) -> BundleManifest:
 
     Raises:
         StageMissing: something is not there.
-        BadInput: a file is not what `edge.json` says of it, or says int8 and holds floats; the card is of other files.
+        BadInput: a file is not what `edge.json` says of it, or says int8 and holds floats; the card is of other files; the student has a
+            name that a bundle cannot have.
     """
     report = read_edge_report(folder)
+    if not is_safe(report.student.name):
+        raise BadInput(f"student {report.student.name!r} has a name that not every system unpacks; call it otherwise")
     names = sorted({*_measured(folder, report), *_told(folder, report)})
     manifest = BundleManifest(
         student=report.student.name,

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tarfile
+import unicodedata
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -25,6 +27,10 @@ SPECIAL_BITS = 0o7000
 MOST_MANIFEST_BYTES = 2**24
 _BROKEN = (tarfile.TarError, ValueError, OSError, RecursionError, MemoryError)
 """ValueError: a header that Python takes for damaged after all. The last two: thousands of headers before one file, or a huge one."""
+_NUM_END_BLOCKS = 2
+"""Of zeros, by which POSIX ends an archive."""
+_DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]) *(\.|$)", re.IGNORECASE)
+"""Names that are devices to Windows in every folder, whatever follows a dot."""
 
 
 @dataclass
@@ -72,7 +78,7 @@ def check_bundle(path: Path) -> BundleCheck:
 def _differences(manifest: BundleManifest, content: _Content) -> list[str]:
     problems = []
     for name, wanted in sorted(manifest.files.items()):
-        if not _is_safe(name):  # said already
+        if not is_safe(name):  # said already
             continue
         if name not in content.found:
             problems.append(f"missing {name}")
@@ -94,7 +100,7 @@ def _parse(content: _Content, check: BundleCheck) -> BundleManifest | None:
     except (ValueError, ValidationError, RecursionError) as error:
         check.problems.append(f"altered {MANIFEST}: it cannot be read ({' '.join(str(error).split())[:120]})")
         return None
-    unsafe = [name for name in (manifest.student, *manifest.files) if not _is_safe(name)]
+    unsafe = [name for name in (manifest.student, *manifest.files) if not is_safe(name)]
     check.problems += [f"unsafe {name!r} in {MANIFEST}" for name in unsafe]
     if manifest.recommended not in manifest.files:
         check.problems.append(f"missing {manifest.recommended!r}, which {MANIFEST} recommends")
@@ -103,20 +109,28 @@ def _parse(content: _Content, check: BundleCheck) -> BundleManifest | None:
 
 
 def _clashes(names: Collection[str]) -> list[str]:
-    """Names that cannot lie side by side on every disk: equal but for upper and lower case, or a file that would have to be a folder."""
-    taken = Counter(name.casefold() for name in names)
-    taken.update({str(folder).casefold() for name in names for folder in PurePosixPath(name).parents})
+    """Names that cannot lie side by side on every disk: equal but for upper and lower case or the form of an accented letter, or a file
+    that would have to be a folder."""
+    taken = Counter(_folded(name) for name in names)
+    taken.update({_folded(str(folder)) for name in names for folder in PurePosixPath(name).parents})
     return [
         f"unsafe {name!r}: some disks take it for another file or folder of the bundle"
         for name in sorted(names)
-        if taken[name.casefold()] > 1
+        if taken[_folded(name)] > 1
     ]
 
 
-def _is_safe(name: str) -> bool:
-    """Whether unpacking it could only write into the folder that somebody chose, and naming it cannot steer a terminal."""
-    parts = name.split("/")
-    return name.isprintable() and not PurePosixPath(name).is_absolute() and not {"", ".", ".."} & {*parts} and not {*name} & {"\\", ":"}
+def _folded(name: str) -> str:
+    """The same for all names that differ in case or canonical form alone (Unicode, D145)."""
+    return unicodedata.normalize("NFD", unicodedata.normalize("NFD", name).casefold())
+
+
+def is_safe(name: str) -> bool:
+    """Whether unpacking it could only write into the folder that somebody chose, on every system and under this very name (Windows drops
+    dots and spaces at the end of a part, `.` and `..` end so, too), and naming it cannot steer a terminal."""
+    if not name.isprintable() or PurePosixPath(name).is_absolute() or {*name} & {"\\", ":"}:
+        return False
+    return all(part and part[-1] not in ". " and not _DEVICE.match(part) for part in name.split("/"))
 
 
 def _read_archive(path: Path) -> tuple[_Content, str | None]:
@@ -132,6 +146,8 @@ def _read_archive(path: Path) -> tuple[_Content, str | None]:
     try:
         with tarfile.open(path, "r:") as archive:
             _read_members(archive, path.stat().st_size, content, folders)
+            if path.stat().st_size < archive.offset + _NUM_END_BLOCKS * tarfile.BLOCKSIZE:
+                content.problems.append("truncated archive: it has no end")
             if _has_rest(path, archive.offset):
                 content.problems.append("extra bytes behind the end of the archive")
     except _BROKEN as error:
@@ -147,7 +163,7 @@ def _read_members(archive: tarfile.TarFile, size_bytes: int, content: _Content, 
             content.problems.append(f"unsafe: more than {MOST_FILES} files")
             return
         folder, _, name = member.name.partition("/")
-        if not member.isfile() or member.issparse() or member.mode & SPECIAL_BITS or not _is_safe(member.name) or not name:
+        if not member.isfile() or member.issparse() or member.mode & SPECIAL_BITS or not is_safe(member.name) or not name:
             what = "a link" if member.issym() or member.islnk() else "a plain file" if member.isfile() else "no plain file"
             what = f"mode {member.mode:o}" if member.mode & SPECIAL_BITS else what
             content.problems.append(f"unsafe {member.name!r} ({what}); do not unpack this archive")
@@ -186,7 +202,7 @@ def _read_folder(path: Path) -> _Content:
         for name in [*files, *(folder for folder in folders if (Path(root) / folder).is_symlink())]:
             file = Path(root) / name
             inside = file.relative_to(path).as_posix()
-            if file.is_symlink() or not file.is_file() or not _is_safe(inside):
+            if file.is_symlink() or not file.is_file() or not is_safe(inside):
                 content.problems.append(f"unsafe {inside!r} (a link, no plain file, or no plain name)")
             elif inside == MANIFEST:
                 content.manifest = file.read_bytes()[:MOST_MANIFEST_BYTES]

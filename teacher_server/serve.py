@@ -33,8 +33,15 @@ _START_TIMEOUT_S = 30.0
 _STOP_TIMEOUT_S = 10
 _PAUSE_BEFORE_FIRST_LABEL_S = 2.0
 
+
+def _is_no_cancellation(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
+
+
 # Its warnings are one line for each malformed request: a stranger could fill the disk with that. The client is told what is wrong.
 logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+# Who did not finish within _STOP_TIMEOUT_S is counted in one line; a traceback of each would look like a fault.
+logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
 
 logger = logging.getLogger(__name__)
 

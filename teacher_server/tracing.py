@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from distill import __version__
 from distill.errors import ConfigError
+from distill.extras import how_to_install
 from teacher_server.trace_context import carrying
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def open_tracing(settings: TracingSettings) -> NoTracing:
     except ImportError as error:
         raise ConfigError(
             f"server.tracing.endpoint is {settings.endpoint}, and OpenTelemetry is not installed ({error.name}):"
-            " pip install 'distill-service[tracing]', or leave server.tracing out"
+            f" {how_to_install('tracing')}, or leave server.tracing out"
         ) from error
     resource = Resource.create({"service.name": "distill-gateway", "service.version": __version__})
     provider = TracerProvider(resource=resource, sampler=ParentBasedTraceIdRatio(settings.sampled_share))

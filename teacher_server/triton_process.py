@@ -67,11 +67,6 @@ class TritonProcess:
         """Base URL of the HTTP endpoint, for people and for curl."""
         return f"http://127.0.0.1:{self.http_port}"
 
-    @property
-    def metrics_url(self) -> str:
-        """Where Prometheus finds Triton's metrics."""
-        return f"http://127.0.0.1:{self.metrics_port}/metrics"
-
     def __enter__(self) -> Self:
         try:
             self.start()

@@ -76,7 +76,7 @@ def list_keys(keys_file: Path | None) -> None:
 @click.argument("which", metavar="KEY_ID|TENANT")
 @_KEYS_FILE
 def revoke(which: str, keys_file: Path | None) -> None:
-    """Take away one key by its id, or all keys of a tenant."""
+    """Take away one key by its id, or all keys of a tenant. With the last key of a tenant its quota goes, too."""
     from distill.errors import ConfigError
     from teacher_server.key_file import changing, read_keys, write_keys
 
@@ -88,7 +88,9 @@ def revoke(which: str, keys_file: Path | None) -> None:
             # An id is no secret, but whoever pastes the whole key here should not find it in a log.
             shown = "that" if which.startswith("dsk_") else repr(which[:64])
             raise ConfigError(f"no key in {path} has the id or the tenant {shown}; `distill keys list` shows them")
-        write_keys(path, kept.replace(keys=tuple(entry for entry in kept.keys if entry not in gone)))
+        left = tuple(entry for entry in kept.keys if entry not in gone)
+        without_key = {entry.tenant for entry in gone} - {entry.tenant for entry in left}
+        write_keys(path, kept.replace(keys=left, tenants={name: q for name, q in kept.tenants.items() if name not in without_key}))
     for entry in gone:
         click.echo(f"key {entry.id} of tenant {entry.tenant} is revoked")
 

@@ -59,6 +59,9 @@ VERBS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 """Verb -> (what it does, the sections of the run file that steer it)."""
 
+WITHOUT_FRESH = ("serve", "label")
+"""Verbs that keep nothing to be done again: labels stay, and another store.path asks anew."""
+
 
 class VerbCommand(click.Command):
     """A command whose help ends with the fields of its sections."""
@@ -139,10 +142,6 @@ def _run_verb(verb: str, config: Path, fresh: bool, overrides: tuple[str, ...]) 
     if verb == "sweep":
         _ = run.sweep_training  # a grid that says something impossible is refused before the teacher is started
     if fresh:
-        if verb in ("label", "serve"):
-            raise ConfigError(
-                f"`distill {verb}` keeps nothing that --fresh could do again; labels stay (another store.path asks anew): leave it out"
-            )
         verbs.forget(run, verb)
     if verb in simple:
         simple[verb](run)
@@ -156,12 +155,12 @@ def _add_verb(verb: str, summary: str, sections: tuple[str, ...]) -> None:
     @click.option("--fresh", is_flag=True, help="Do it again, even if it is finished. What was there is moved to RUN_DIR/old.")
     @click.option("--debug", is_flag=True, help="Show the traceback of an error and the log.")
     @click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
-    def command(config: Path, fresh: bool, debug: bool, overrides: tuple[str, ...]) -> None:
+    def command(config: Path, debug: bool, overrides: tuple[str, ...], fresh: bool = False) -> None:
         logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
         _run_verb(verb, config, fresh, overrides)
 
-    params = getattr(command, "__click_params__", [])
-    added = VerbCommand(verb, callback=command, params=list(reversed(params)), help=summary, short_help=summary)
+    params = [p for p in reversed(getattr(command, "__click_params__", [])) if p.name != "fresh" or verb not in WITHOUT_FRESH]
+    added = VerbCommand(verb, callback=command, params=params, help=summary, short_help=summary)
     added.sections = sections
     cli.add_command(ImportGroup(added) if verb == "import" else added)
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distill.errors import ServerStartError
+from distill.extras import how_to_install
 
 COMMAND = "distill_command"
 """Key of the command line in a job's metadata."""
@@ -53,7 +54,7 @@ def follow_job(cluster: str, command: Sequence[str], show: Callable[[str], None]
     try:
         from ray.job_submission import JobSubmissionClient
     except ImportError as error:
-        raise ServerStartError("Ray's job client is not installed: pip install 'distill-service[cluster]'") from error
+        raise ServerStartError(f"Ray's job client is not installed: {how_to_install('cluster')}") from error
     logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)  # it tells of every connection that it closes
 
     text = shlex.join(command)

@@ -19,6 +19,7 @@ from torch import nn
 
 from distill.crops import Interpolation
 from distill.errors import ConfigError
+from distill.extras import how_to_install
 from distill.models.weight_files import fit_weights, read_weights, require_classes
 from distill.teacher_info import Preprocessing
 
@@ -91,7 +92,7 @@ def import_timm_library() -> ModuleType:
     try:
         import timm
     except ImportError as error:
-        raise ConfigError("networks named timm:... need timm: pip install 'distill-service[timm]'") from error
+        raise ConfigError(f"networks named timm:... need timm: {how_to_install('timm')}") from error
     return timm
 
 

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Literal, Protocol, cast
 
 from distill.errors import ConfigError
+from distill.extras import how_to_install
 from export.label_space import Crops, Logits
 
 RuntimeName = Literal["onnxruntime", "openvino", "executorch", "litert"]
@@ -78,4 +79,4 @@ def require_installed(name: str, needs: Sequence[str], extra: str) -> None:
     """
     missing = [package for package in needs if importlib.util.find_spec(package) is None]
     if missing:
-        raise ConfigError(f"{name} needs {', '.join(missing)}, which is not installed: pip install 'distill-service[{extra}]'")
+        raise ConfigError(f"{name} needs {', '.join(missing)}, which is not installed: {how_to_install(extra)}")

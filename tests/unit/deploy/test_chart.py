@@ -119,6 +119,7 @@ def test_a_value_that_cannot_be_is_refused_by_name(values: Object, told: str) ->
         ({"run": RUN, "gateway": {"ingress": {"enabled": True, "host": "labels.example.com"}}}, "networkPolicy.gatewayFrom"),
         ({"run": RUN, "triton": {"rollingUpdate": {"maxSurge": 0, "maxUnavailable": "0%"}}}, "triton.rollingUpdate"),
         ({"run": SELF_DISTILLING, "model": "cifar10-teacher"}, "cifar10-teacher-self-distilled"),
+        ({"run": RUN, "data": {"existingClaim": ""}}, "data/fashion-mnist/train-*.tar.gz, and no claim is mounted at data/"),
     ],
 )
 def test_what_is_missing_is_said(values: Object, told: str) -> None:
@@ -138,6 +139,20 @@ def test_the_steps_of_a_run_with_self_distill_are_taken_one_by_one(values: Objec
     assert render({"run": SELF_DISTILLING, **values})
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"run": {"config": RUN["config"].replace('"data/', '"s3://bucket/')}},
+        {"run": {**RUN, "overrides": [f"data.{name}.path=s3://bucket/x" for name in ("unlabelled", "labelled", "test")]}},
+        {"run": {"existingConfigMap": "mine"}},
+    ],
+    ids=["in the run file", "in overrides", "nobody knows"],
+)
+def test_images_elsewhere_need_no_claim(values: Object) -> None:
+    for found in render({**values, "data": {"existingClaim": ""}}):
+        check(found, NEWEST)
+
+
 def test_an_ingress_without_policies_needs_no_name_of_its_controller() -> None:
     ingress = {"gateway": {"ingress": {"enabled": True, "host": "labels.example.com"}}}
     assert named(render({**SERVING_ONLY, **ingress}), "Ingress")
@@ -153,7 +168,7 @@ def test_an_ingress_without_policies_needs_no_name_of_its_controller() -> None:
         {"run": {**RUN, "overrides": ["train.epochs=3"]}},
         {"run": {"existingConfigMap": "mine"}},
         {"runs": {"existingClaim": "mine"}},
-        {"data": {"existingClaim": "images"}},
+        {"data": {"existingClaim": "others"}},
         {"teacher": {"job": {"resources": {"limits": {"memory": "32Gi"}}}}},
         {"teacher": {"job": {"nodeSelector": {"pool": "cpu"}}}},
         {"trainer": {"secretEnv": ["s3"]}},

@@ -104,6 +104,7 @@ def test_promtool_finds_nothing_wrong(tool: Tool) -> None:
         ("> 400", "> 200"),
         ('reason!="CANCELED"', 'reason!="x"'),
         ("/ 1e6", "/ 1e3"),
+        (' or absent(up{job="gateway"})', ""),
         ("> 0 unless", "> 9 unless"),
     ],
 )

@@ -91,8 +91,9 @@ print(json.dumps([code, [name for name in {HEAVY!r} if name in sys.modules], tim
         shown = capsys.readouterr().out
         summary, sections = VERBS[verb]
         assert summary.split()[0] in shown
-        for option in ("--config", "--fresh", "--debug"):
+        for option in ("--config", "--debug"):
             assert option in shown
+        assert ("--fresh" in shown) == (verb not in ("serve", "label"))  # these two keep nothing to be done again
         words = set(shown.split())
         for section in sections:
             assert f"section `{section}`" in shown
@@ -198,7 +199,9 @@ class TestFailures:
         seen = []
         monkeypatch.setattr(module, "_run_verb", lambda *arguments: seen.append(arguments))
         assert run_command(["train", "--config", "x.yaml", "--fresh", "a.b=1", "c=2"]) == 0
-        assert seen == [("train", Path("x.yaml"), True, ("a.b=1", "c=2"))]
+        assert run_command(["label", "--config", "x.yaml"]) == 0
+        assert run_command(["label", "--config", "x.yaml", "--fresh"]) == 2
+        assert seen == [("train", Path("x.yaml"), True, ("a.b=1", "c=2")), ("label", Path("x.yaml"), False, ())]
 
 
 class TestProcess:

@@ -194,6 +194,19 @@ class TestRefusals:
         with pytest.raises(ImageError, match=r"^more than 2399 pixels$"):
             decode_image(data, max_pixels=2399)
 
+    def test_damaged_exif_writes_nothing_to_stderr(self, tmp_path: Path) -> None:
+        """In a process of its own: pytest has filters of its own. Each tag says that it is larger than the file."""
+        tags = b"".join(struct.pack("<HHII", tag, 2, 2**30, 8) for tag in range(1000, 1500))
+        exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 501) + struct.pack("<HHIHH", ORIENTATION, 3, 1, 6, 0) + tags + bytes(4)
+        for format_name in ("PNG", "JPEG", "WEBP"):
+            (tmp_path / format_name).write_bytes(encoded(Image.fromarray(gradient(4, 6)), format_name, exif=exif))
+        program = (
+            "import sys; from pathlib import Path; from distill.crops import decode_image\n"
+            "print([decode_image(path.read_bytes()).shape for path in Path(sys.argv[1]).iterdir()])"
+        )
+        done = subprocess.run([sys.executable, "-c", program, tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert (done.stdout, done.stderr) == (f"{[(6, 4, 3)] * 3}\n", "")
+
     @pytest.mark.filterwarnings("ignore")  # Pillow warns of damaged EXIF
     @settings(max_examples=300)
     @given(

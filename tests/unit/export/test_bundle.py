@@ -24,7 +24,7 @@ from distill.crops import center_crop, decode_image
 from distill.errors import BadInput, StageMissing
 from distill.teacher_info import Preprocessing
 from export.bundle import make_bundle
-from export.bundle_check import check_bundle
+from export.bundle_check import check_bundle, is_safe
 from export.card import ImageSet, StudentCard, limits_of
 from export.edge import EdgeFile, StudentInfo, UnmeasuredFile, read_edge_report
 from export.files import sha256_of
@@ -149,6 +149,22 @@ def test_an_archive_that_was_cut_off_names_what_is_short_and_what_is_gone(archiv
         assert problems
 
 
+def test_an_archive_without_its_end_is_cut_short(archive: Path) -> None:
+    archive.with_name("tiny.tar.sha256").unlink()
+    whole = archive.read_bytes()
+    end = max(member.offset_data + -(-member.size // 512) * 512 for member, _ in entries(archive))
+    for length in (end, end + 512, end + 1023):
+        archive.write_bytes(whole[:length])
+        assert check_bundle(archive).problems == ["truncated archive: it has no end"]
+    archive.write_bytes(whole[: end + 1024])
+    assert check_bundle(archive).problems == []
+
+
+@pytest.mark.parametrize("name", ["tiny/console", "tiny/auxiliary.onnx", "tiny/com10", "tiny/.hidden", "tiny/a b"])
+def test_ordinary_names_are_safe(name: str) -> None:
+    assert is_safe(name)
+
+
 def test_any_byte_that_changes_is_noticed(archive: Path) -> None:
     archive.with_name("tiny.tar.sha256").unlink()
     whole = archive.read_bytes()
@@ -202,17 +218,24 @@ def test_a_manifest_that_names_nothing_or_recommends_what_is_not_there_is_no_bun
 
 @pytest.mark.parametrize(
     ("name", "clashing"),
-    [("Card.MD", {"Card.MD", "card.md"}), ("card.md/notes", {"card.md"}), ("Manifest.json", {"Manifest.json", "manifest.json"})],
+    [
+        ("Card.MD", {"Card.MD", "card.md"}),
+        ("card.md/notes", {"card.md"}),
+        ("Manifest.json", {"Manifest.json", "manifest.json"}),
+        ("caf\u00e9", {"caf\u00e9", "CAFE\u0301"}),
+    ],
 )
 def test_names_that_cannot_lie_side_by_side_are_refused(archive: Path, name: str, clashing: set[str]) -> None:
     content = b"hello"
     manifest = json.loads(entries(archive)[0][1])
-    files = {**manifest["files"], name: {"sha256": hashlib.sha256(content).hexdigest(), "size_bytes": len(content)}}
-    with_manifest(archive, files=files)
+    added = [name, *(clashing - {*manifest["files"], "manifest.json", name})]
+    record = {"sha256": hashlib.sha256(content).hexdigest(), "size_bytes": len(content)}
+    with_manifest(archive, files={**manifest["files"], **dict.fromkeys(added, record)})
     with tarfile.open(archive, "a") as tar:
-        member = tarfile.TarInfo(f"tiny/{name}")
-        member.size = len(content)
-        tar.addfile(member, io.BytesIO(content))
+        for one in added:
+            member = tarfile.TarInfo(f"tiny/{one}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
     assert {problem.split("'")[1] for problem in check_bundle(archive).problems} == clashing
 
 
@@ -247,6 +270,10 @@ def test_every_bundle_is_checked_though_one_is_gone(archive: Path, tmp_path: Pat
         ("tiny/hard", tarfile.LNKTYPE, "unsafe 'tiny/hard' (a link)"),
         ("tiny/pipe", tarfile.FIFOTYPE, "unsafe 'tiny/pipe' (no plain file)"),
         ("tiny/device", tarfile.BLKTYPE, "unsafe 'tiny/device' (no plain file)"),
+        *(
+            (f"tiny/{name}", tarfile.REGTYPE, f"unsafe 'tiny/{name}' (a plain file)")
+            for name in ("a.", "a ", "CON", "nul.txt", "Lpt1 .b/c")
+        ),
         ("other/file", tarfile.REGTYPE, "extra other/file (outside the student's folder)"),
     ],
 )
@@ -276,6 +303,13 @@ def test_what_is_no_bundle_is_one_line(tmp_path: Path, archive: Path, capsys: py
         rewritten.size = len(deep)
         tar.addfile(rewritten, io.BytesIO(deep))
     assert check_bundle(archive).problems[0].startswith("altered manifest.json: it cannot be read")
+
+
+def test_a_student_whose_folder_windows_could_not_make_gets_no_bundle(student: Path, tmp_path: Path) -> None:
+    report = read_edge_report(student)
+    report.replace(student=report.student.replace(name="aux")).write(student)
+    with pytest.raises(BadInput, match="student 'aux' has a name that not every system unpacks"):
+        make_bundle(student, tmp_path / "never.tar")
 
 
 def test_only_what_was_measured_goes_into_a_bundle(student: Path, tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_ctrl_c_is_heard_after_openvino(tmp_path: Path) -> None:
 )
 def test_what_is_not_installed_is_refused_with_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch, name: Any, needs: str) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    line = f"edge.formats: {name} needs {needs}, which is not installed: pip install 'distill-service[{name}]'"
+    line = f"edge.formats: {name} needs {needs}, which is not installed: pip install -e '.[{name}]' in the checkout"
     with pytest.raises(ConfigError, match=re.escape(line)):
         require_formats(["onnx", name])
 

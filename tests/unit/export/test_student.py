@@ -136,7 +136,7 @@ def test_bad_input_is_refused(export, crops) -> None:
 
 def test_a_format_that_is_not_installed_is_refused_before_anything_is_made(export, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"openvino needs openvino, which is not installed: pip install 'distill-service\[openvino\]'"):
+    with pytest.raises(ConfigError, match=r"openvino needs openvino, which is not installed: pip install -e '\.\[openvino\]'"):
         export(QUICK.replace(formats=["onnx", "openvino"]))
     assert list(tmp_path.iterdir()) == []
 

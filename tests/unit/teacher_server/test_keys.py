@@ -97,6 +97,17 @@ def test_list_and_revoke(cli, path: Path) -> None:
     assert other not in complaint, "whoever pastes the key itself does not find it in a log"
 
 
+def test_the_quota_goes_with_the_last_key_of_its_tenant(cli, path: Path) -> None:
+    first, second = (cli("add", "alice", "--weight", "3")[0].split("_")[1] for _ in range(2))
+    cli("add", "bob", "--weight", "2")
+    cli("revoke", first)
+    assert read_keys(path).tenants.keys() == {"alice", "bob"}
+    cli("revoke", second)
+    assert read_keys(path).tenants.keys() == {"bob"}
+    cli("add", "alice")
+    assert "server.quota" in cli("list")[0].splitlines()[-1]
+
+
 def test_bad_words_are_one_line(cli, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "tenant" in cli("add", "al ice", code=2)[1]
     assert "weight" in cli("add", "alice", "--weight", "0", code=2)[1]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from distill.wire import CROPS_MEDIA_TYPE, SOFT_LABELS_MEDIA_TYPE, encode_crops
-from teacher_server import stalled
+from teacher_server import serve, stalled
 from teacher_server.fake import FakeTeacher
 from teacher_server.serve import Gateway
 from teacher_server.settings import ServerSettings, TenantQuota
@@ -34,6 +34,20 @@ def connect(gateway: Gateway) -> socket.socket:
     client = socket.create_connection(("127.0.0.1", gateway.port), timeout=20)
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     return client
+
+
+def test_half_a_body_at_the_end_is_one_line_in_the_log(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(serve, "_STOP_TIMEOUT_S", 1)
+    with contextlib.ExitStack() as until_stopped:
+        with Gateway(FakeTeacher, ServerSettings(auth="none", port=0)) as gateway:
+            client = until_stopped.enter_context(connect(gateway))
+            client.sendall(HEAD + b"Content-Type: image/png\r\nContent-Length: 1000\r\nExpect: 100-continue\r\n\r\n")
+            assert client.recv(100).startswith(b"HTTP/1.1 100")  # the gateway reads the body
+            client.sendall(b"half of it")
+        assert client.recv(100).startswith(b"HTTP/1.1 500")
+    assert [(record.message.partition(",")[0], record.exc_info) for record in caplog.records if record.name == "uvicorn.error"] == [
+        ("Cancel 1 running task(s)", None)
+    ]
 
 
 @pytest.mark.parametrize("sent", [b"", HEAD, HEAD + b"X-Long: "])

@@ -211,7 +211,7 @@ def test_where_no_collector_is_named_nothing_of_it_is_loaded() -> None:
 
 def test_wanted_and_not_installed_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
-    with pytest.raises(ConfigError, match=r"pip install 'distill-service\[tracing\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[tracing\]' in the checkout"):
         create_app(FakeTeacher(), ServerSettings(auth="none", tracing=TracingSettings(endpoint="http://127.0.0.1:1/v1/traces")))
 
 

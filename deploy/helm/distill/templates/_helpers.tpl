@@ -155,6 +155,14 @@ envFrom:
 {{- if and (or .Values.trainer.enabled .Values.teacher.job.enabled) (not .Values.run.config) (not .Values.run.existingConfigMap) }}
 {{- fail "the trainer and the teacher's job need a run file: give run.config (--set-file run.config=run.yaml) or run.existingConfigMap, or turn trainer.enabled and teacher.job.enabled off" }}
 {{- end }}
+{{- $given := printf "\n%s" (join "\n" .Values.run.overrides) }}
+{{- if and (or .Values.trainer.enabled .Values.teacher.job.enabled) (not .Values.data.existingClaim) (not .Values.run.existingConfigMap) (not (contains "\ndata." $given)) }}
+{{- range $name, $images := (fromYaml .Values.run.config).data }}
+{{- if and (kindIs "map" $images) (hasPrefix "data/" (toString $images.path)) }}
+{{- fail (printf "data.%s.path of the run file is %s, and no claim is mounted at data/: name the claim that holds these images in data.existingClaim" $name $images.path) }}
+{{- end }}
+{{- end }}
+{{- end }}
 {{- if and .Values.gateway.ingress.enabled (not .Values.gateway.ingress.host) }}
 {{- fail "gateway.ingress.enabled needs gateway.ingress.host" }}
 {{- end }}
