@@ -18,6 +18,7 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -51,15 +52,18 @@ class Claims:
 
     Args:
         lease_s: a claim that has not changed for so long is over. Every claimant of a store should have the same.
+        over: what another claimant knows to be over (its `over`), so that it need not be watched anew.
     """
 
-    def __init__(self, files: StoreFiles, lease_s: float = LEASE_S) -> None:
+    def __init__(self, files: StoreFiles, lease_s: float = LEASE_S, over: Mapping[str, bytes] | None = None) -> None:
         self._files = files
         self._lease_s = lease_s
         self._own = Claim(owner=uuid.uuid4().hex, machine=_machine(), process=os.getpid())
         self._held: dict[tuple[int, int], str] = {}
         self._watched: dict[str, tuple[bytes, float]] = {}
         """Others' claims: what they said, and since when they say it."""
+        self.over = dict(over or {})
+        """Others' claims that were found over, and what they said; one that says something else by now is not."""
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._beater: threading.Thread | None = None
@@ -127,6 +131,13 @@ class Claims:
         return _name(view, shard, _number(latest) + 1) if self._is_over(latest, said) else None
 
     def _is_over(self, name: str, said: bytes) -> bool:
+        if self.over.get(name) != said:
+            if not self._is_found_over(name, said):
+                return False
+            self.over[name] = said
+        return True
+
+    def _is_found_over(self, name: str, said: bytes) -> bool:
         try:
             claim = Claim.model_validate_json(said)
         except ValueError:

@@ -121,6 +121,22 @@ def test_the_claim_of_a_killed_process_of_this_machine_is_over_at_once(tmp_path:
         child.stdout.close()
 
 
+def test_what_one_found_over_another_may_take_over_unless_the_owner_woke_up(files: StoreFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(store_claims, "_is_alive", lambda process: False)
+        dead, woken, watcher = Claims(files, LONG_S), Claims(files, LONG_S), Claims(files, LONG_S)
+        assert dead.take(0, 0)
+        assert woken.take(0, 1)
+        assert watcher.is_free(0, 0)
+        assert watcher.is_free(0, 1)
+    files.replace(next(name for name in files.names("claims") if "shard-000001" in name), woken._said(1))
+    monkeypatch.setattr(store_claims, "_machine", lambda: "elsewhere")
+    with Claims(files, LONG_S) as untold, Claims(files, LONG_S, watcher.over) as told:
+        assert not untold.take(0, 0)
+        assert told.take(0, 0)
+        assert not told.take(0, 1)
+
+
 @pytest.mark.parametrize("fault", [OSError("no route"), PermissionError(13, "an odd answer")])
 def test_files_that_fail_cost_no_labelling_job_its_work(
     files: StoreFiles, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: Exception
