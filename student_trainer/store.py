@@ -296,19 +296,40 @@ class SoftLabelStore:
                 is_new &= ~np.isin(rows, labels["row"].to_numpy()[exact])
         return table if is_new.all() else table.filter(pa.array(is_new))
 
-    def replace(self, view: int, shard: int, tables: Sequence[tuple[tuple[float, ...], pa.Table]], replaces: Sequence[Segment]) -> bool:
-        """Put merged segments in the place of others, and take those away. False: another process has replaced some of them; nothing is
-        changed. A crash leaves either the old ones or the new ones to be read.
+    def is_intact(self, segment: Segment) -> bool:
+        """Whether its file has the bytes that were committed.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
+        try:
+            return hashlib.sha256(self.files.read(segment.file)).hexdigest() == segment.sha256
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise StoreError(f"label segment {self.files.where}/{segment.file} cannot be read: {_said(error)}") from error
+
+    def replace(
+        self,
+        view: int,
+        shard: int,
+        tables: Sequence[tuple[tuple[float, ...], pa.Table]],
+        merged: Sequence[Segment],
+        gone: Sequence[Segment] = (),
+    ) -> bool:
+        """Put merged segments in the place of others, and take those away. False: another process has replaced some of them, or one of
+        `gone` is there again; nothing is changed. A crash leaves either the old ones or the new ones to be read.
 
         Args:
             tables: temperatures and labels of each new segment; at least one, which may be empty.
-            replaces: the segments whose labels they hold.
+            merged: the segments whose labels they hold.
+            gone: segments that are counted out with them, their labels lost.
 
         Raises:
             StoreError: the store cannot be written; or on an object store others committed to this shard and view first, MOST_TRIES times
                 in a row for one segment. The labels that were there still count.
         """
-        names = tuple(segment.file for segment in replaces)
+        names = tuple(segment.file for segment in (*merged, *gone))
         # The first names what is replaced and comes last: until then the old ones count, and labels in both are read once.
         made = [
             self._segment(view, shard, temperatures, table, names if number == 0 else ())
@@ -323,7 +344,7 @@ class SoftLabelStore:
                 with self.files.locked():
                     self.manifest.refresh(view)
                     replaced = {segment.file for segment in self.manifest.replaced()}
-                    if replaced & set(names):
+                    if replaced & set(names) or any(map(self.is_intact, gone)):
                         break
                     is_named = self.manifest.append(pending[0])
                     self.manifest.refresh(view)

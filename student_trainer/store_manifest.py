@@ -72,6 +72,11 @@ class Manifest:
         named = list(self._named.values()) if unit is None else self.named_in(*unit)
         return [segment for segment in named if segment.file in self._gone and not self._is_replaced(segment.file)]
 
+    def is_late(self, segment: Segment) -> bool:
+        """Whether it is one of `gone` that is still looked for: nothing may be done that it would not survive."""
+        since = self._late.get(segment.file)
+        return since is not None and time.monotonic() - since < LATE_S
+
     def replaced(self) -> list[Segment]:
         """Segments whose labels are in another one."""
         return [segment for file, segment in list(self._named.items()) if self._is_replaced(file)]

@@ -8,6 +8,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from distill.cli.main import run_command
 from distill.errors import StoreError
 from distill.soft_labels import Encoding, Record, encode, softmax
 from student_trainer import store as store_module
+from student_trainer import store_manifest
 from student_trainer.open_store import find_stores, open_any_store
 from student_trainer.store import Segment, SoftLabelStore, StoreIdentity
 from student_trainer.store_compact import compact, compact_unit
@@ -64,6 +66,27 @@ def reopened(store: SoftLabelStore) -> SoftLabelStore:
     return SoftLabelStore(store.folder, store.identity)
 
 
+@pytest.fixture
+def none_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is missing is gone for good, as it is a minute later."""
+    monkeypatch.setattr(store_manifest, "LATE_S", 0.0)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """By which a file is late or gone."""
+    clock = SimpleNamespace(now=1000.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(store_manifest, "time", clock)
+    return clock
+
+
+def hide(store: SoftLabelStore, segment: Segment) -> Callable[[], object]:
+    """As a network file system that does not show a file yet; what is returned makes it show it."""
+    path = Path(store.folder, segment.file)
+    aside = path.rename(path.with_suffix(".hidden"))
+    return lambda: aside.rename(path)
+
+
 def labels_of(store: SoftLabelStore, view: int = 0, shard: int = 0) -> dict[int, bytes]:
     found = reopened(store).read(view, shard, 1.0, MAX_TV)
     return {row: found.logits_NK[at].tobytes() for row, at in found.rows.items()}
@@ -80,7 +103,7 @@ class TestVerify:
         found = verify(reopened(anywhere))
         assert (found.num_segments, found.num_labels, found.problems, found.leftovers) == (2, 3, [], [])
 
-    def test_every_kind_of_damage_is_named_and_mended(self, anywhere: SoftLabelStore, quiet: None) -> None:
+    def test_every_kind_of_damage_is_named_and_mended(self, anywhere: SoftLabelStore, quiet: None, none_late: None) -> None:
         (altered,) = put(anywhere, [1, 2])
         (gone,) = put(anywhere, [3], shard=1)
         put(anywhere, [5, 6])
@@ -126,6 +149,33 @@ class TestVerify:
         put(anywhere, [1], records=[Record(Encoding.DENSE16, LOGITS[1].astype("<f2").tobytes(), 0.0, 0.001)])
         assert verify(reopened(anywhere)).problems == []
 
+    def test_segments_that_are_merged_meanwhile_are_not_gone(self, anywhere: SoftLabelStore) -> None:
+        put(anywhere, [1])
+        put(anywhere, [2])
+        reader = reopened(anywhere)
+        compact(anywhere)
+        assert verify(reader).problems == []
+
+    def test_a_repair_waits_for_a_file_that_is_only_late(self, store: SoftLabelStore, clock: SimpleNamespace, quiet: None) -> None:
+        put(store, [1])
+        (late,) = put(store, [2])
+        (lost,) = put(store, [3])
+        Path(store.folder, lost.file).unlink()
+        show = hide(store, late)
+        pauses: list[float] = []
+
+        def pause(seconds: float) -> None:
+            pauses.append(seconds)
+            clock.now += seconds
+            if len(pauses) == 3:
+                show()
+
+        found = verify(reopened(store), repair=True, pause=pause)
+        assert [(problem.kind, problem.file, problem.repaired) for problem in found.problems] == [("gone", lost.file, True)]
+        assert sum(pauses) == store_manifest.LATE_S
+        assert labels_of(store).keys() == {1, 2}
+        assert verify(reopened(store)).problems == []
+
 
 class TestCompact:
     def test_many_segments_become_one_that_says_the_same(self, anywhere: SoftLabelStore) -> None:
@@ -169,13 +219,33 @@ class TestCompact:
         assert verify(reopened(anywhere)).problems == []
         assert compact(reopened(anywhere)).num_units == 0
 
-    def test_an_empty_segment_stands_beside_others(self, anywhere: SoftLabelStore, quiet: None) -> None:
+    def test_an_empty_segment_stands_beside_others(self, anywhere: SoftLabelStore, quiet: None, none_late: None) -> None:
         (lost,) = put(anywhere, [1], records=encode(LOGITS[[1]], (0.1, 1.0), MAX_TV), temperatures=(0.1, 1.0))
         anywhere.files.remove(lost.file)
         compact(reopened(anywhere))  # an empty one in its place
         put(reopened(anywhere), [1, 2])
         assert compact(reopened(anywhere)).num_units == 1
         assert copies(anywhere) == [1, 2]
+
+    @pytest.mark.parametrize("shown", ["before it begins", "after it has ended", "after it was looked for long enough"])
+    def test_a_file_that_a_network_file_system_shows_late_loses_no_label(
+        self, store: SoftLabelStore, shown: str, clock: SimpleNamespace, quiet: None
+    ) -> None:
+        put(store, [1])
+        put(store, [2])
+        show = hide(store, put(store, [3])[0])
+        other = reopened(store)
+        if shown == "after it was looked for long enough":
+            clock.now += store_manifest.LATE_S
+        if shown != "after it has ended":
+            show()
+        compact(other)
+        if shown == "after it has ended":
+            show()
+        assert labels_of(store).keys() == {1, 2, 3}
+        compact(reopened(store))
+        assert labels_of(store).keys() == {1, 2, 3}
+        assert len(reopened(store).segments) == 1
 
     def test_killed_at_any_step_nothing_is_lost(self, tmp_path: Path, identity: StoreIdentity, quiet: None) -> None:
         for at in range(60):
