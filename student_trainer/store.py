@@ -156,12 +156,13 @@ class SoftLabelStore:
         """
         seen: dict[str, pa.Table | None] = {}
         # A segment that another process merged into a new one while we read is gone; then the new one is read.
-        while missing := [segment for segment in self.manifest.of(view, shard) if segment.file not in seen]:
+        segments = self.manifest.of(view, shard)
+        while missing := [segment for segment in segments if segment.file not in seen]:
             for segment in missing:
                 data = self.load(segment)
                 seen[segment.file] = None if data is None else read_bytes(data, columns)
-        found = ((segment, seen[segment.file]) for segment in self.manifest.of(view, shard))
-        return [(segment, table) for segment, table in found if table is not None]
+            segments = self.manifest.of(view, shard)
+        return [(segment, table) for segment in segments if (table := seen[segment.file]) is not None]
 
     def load(self, segment: Segment) -> bytes | None:
         """The bytes of a segment. None: it is damaged or gone, which has been said, and its labels count no more."""
