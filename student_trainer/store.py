@@ -2,8 +2,8 @@
 
     STORE/
       store.json            whose labels these are: teacher fingerprint, crop recipe, seed, image set
-      manifest.jsonl        in a folder: one line for each committed segment: view, shard, file, sha256, counts
-      manifest/             on an object store: the same, one object for each segment
+      manifest.jsonl        in a folder: one line for each commit, of a segment: view, shard, file, sha256, counts; or of several
+      manifest/             on an object store: the same, one object for each commit
       view-00003/shard-000012.SEGMENT.parquet      labels of rows of one image shard in one view
       claims/               which labelling job is at which (view, shard) just now
       quarantine/           segments whose bytes no longer fit their sha256; their labels are asked for again
@@ -250,7 +250,7 @@ class SoftLabelStore:
             with self.files.locked():
                 fresh += self.manifest.refresh(segment.view)
                 new = self._without_kept(segment, table, limit)
-                left = None if len(new) == len(table) and self.manifest.append(segment) else new
+                left = None if len(new) == len(table) and self.manifest.append([segment]) else new
                 fresh += self.manifest.refresh(segment.view)
                 # Also where the answer to `append` was lost, and the client library tried again and was refused.
                 if self._is_named(segment):
@@ -328,38 +328,35 @@ class SoftLabelStore:
 
         Raises:
             StoreError: the store cannot be written; or on an object store others committed to this shard and view first, MOST_TRIES times
-                in a row for one segment. The labels that were there still count.
+                in a row. The labels that were there still count.
         """
         names = tuple(segment.file for segment in (*merged, *gone))
-        # The first names what is replaced and comes last: until then the old ones count, and labels in both are read once.
+        # The last one names what is replaced: a thread that reads while they are taken in finds the old ones until all new ones are there.
         made = [
-            self._segment(view, shard, temperatures, table, names if number == 0 else ())
-            for number, (temperatures, table) in enumerate(tables)
+            self._segment(view, shard, temperatures, table, names if number == len(tables) else ())
+            for number, (temperatures, table) in enumerate(tables, start=1)
         ]
-        pending = list(reversed(made))
+        tries, is_named, is_others = 0, False, False
         try:
             for segment, (_, table) in zip(made, tables, strict=True):
                 self.files.put(segment.file, table_bytes(table))
-            tries = 0
-            while pending and tries < MOST_TRIES:
+            while not (is_named or is_others) and tries < MOST_TRIES:
+                tries += 1
                 with self.files.locked():
                     self.manifest.refresh(view)
                     replaced = {segment.file for segment in self.manifest.replaced()}
-                    if replaced & set(names) or any(map(self.is_intact, gone)):
-                        break
-                    is_named = self.manifest.append(pending[0])
-                    self.manifest.refresh(view)
-                tries += 1
-                if is_named or self._is_named(pending[0]):
-                    pending.pop(0)
-                    tries = 0
-            for file in [segment.file for segment in pending] or names:
+                    is_others = bool(replaced & set(names)) or any(map(self.is_intact, gone))
+                    if not is_others:
+                        is_named = self.manifest.append(made)
+                        self.manifest.refresh(view)
+                        is_named |= self._is_named(made[0])
+            for file in names if is_named else [segment.file for segment in made]:
                 self.files.remove(file)
         except OSError as error:
             raise StoreError(f"labels cannot be written to {self.folder}: {_said(error)}; committed labels are safe") from error
-        if tries == MOST_TRIES:
+        if not (is_named or is_others):
             raise self._others_first(view, shard)
-        return not pending
+        return is_named
 
     def _undo(self, segment: Segment) -> None:
         """Take away what a failed commit left, unless the manifest names it already (its last flush failed): readers count on that."""

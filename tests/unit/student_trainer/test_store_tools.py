@@ -55,6 +55,13 @@ def put(
     return store.commit(view, shard, rows, [f"{name}-{row}" for row in rows], kept, temperatures)
 
 
+def put_for_two_jobs(store: SoftLabelStore) -> None:
+    """Labels that become two segments: each of two sets of temperatures has two now."""
+    for row in range(4):
+        temperatures = (1.0,) if row < 2 else (1.0, 2.0)
+        put(store, [row], records=encode(LOGITS[[row]], temperatures, MAX_TV), temperatures=temperatures)
+
+
 def keep_twice(store: SoftLabelStore, rows: list[int]) -> None:
     """As two writers without a lock would."""
     with pytest.MonkeyPatch.context() as patch:
@@ -250,16 +257,16 @@ class TestCompact:
     def test_killed_at_any_step_nothing_is_lost(self, tmp_path: Path, identity: StoreIdentity, quiet: None) -> None:
         for at in range(60):
             store = SoftLabelStore(tmp_path / f"killed-{at}", identity)
-            for row in range(3):
-                put(store, [row])
+            put_for_two_jobs(store)
             before = labels_of(store)
             with pytest.MonkeyPatch.context() as patch:
                 survived = not killed_at(patch, at, lambda s=store: compact(s))
             assert labels_of(store) == before, at
+            assert copies(store) == [0, 1, 2, 3], at
             compact(reopened(store), remove_leftovers=True)
             assert labels_of(store) == before, at
-            assert copies(store) == [0, 1, 2], at
-            assert len(store.files.names("view-00000")) == 1
+            assert copies(store) == [0, 1, 2, 3], at
+            assert len(store.files.names("view-00000")) == 2
             if survived:
                 assert at > 5
                 return
@@ -284,6 +291,45 @@ class TestCompact:
         assert labels_of(anywhere) == before
         assert copies(anywhere) == [0, 1, 2]
         assert len(anywhere.files.names("view-00000")) == 1
+
+    def test_two_that_compact_for_several_temperatures_at_once_double_nothing(self, anywhere: SoftLabelStore) -> None:
+        """The other one comes at each moment at which the first holds no lock."""
+        for at in range(10):
+            store = SoftLabelStore(f"{anywhere.folder}-{at}", anywhere.identity)
+            put_for_two_jobs(store)
+            other, before, real, locks = reopened(store), labels_of(store), store.files.locked, 0
+
+            def locked(at: int = at, other: SoftLabelStore = other, real: Callable[[], Any] = real) -> Any:
+                nonlocal locks
+                if locks == at:
+                    assert compact_unit(other, 0, 0)
+                locks += 1
+                return real()
+
+            store.files.locked = locked  # type: ignore[method-assign]
+            was_first = compact_unit(store, 0, 0)
+            assert labels_of(store) == before
+            assert copies(store) == [0, 1, 2, 3]
+            assert len(store.files.names("view-00000")) == len(reopened(store).segments) == 2
+            assert verify(reopened(store)).problems == []
+            if locks <= at:
+                assert was_first
+                return
+        pytest.fail("compaction has no end")
+
+    def test_a_line_that_names_several_segments_counts_whole_or_not_at_all(
+        self, store: SoftLabelStore, monkeypatch: pytest.MonkeyPatch, quiet: None
+    ) -> None:
+        put_for_two_jobs(store)
+        monkeypatch.setattr(type(store.files), "remove", lambda self, name: None)
+        manifest = Path(store.folder, "manifest.jsonl")
+        before = manifest.read_bytes()
+        compact(store)
+        after = manifest.read_bytes()
+        for cut in (*range(len(before), len(after), 97), len(after) - 3, len(after) - 1):
+            manifest.write_bytes(after[:cut])
+            assert copies(store) == [0, 1, 2, 3], cut
+        assert len(reopened(store).segments) == 2
 
     def test_a_merged_segment_that_is_damaged_while_the_old_ones_are_there_costs_nothing(
         self, anywhere: SoftLabelStore, monkeypatch: pytest.MonkeyPatch, quiet: None
