@@ -4,7 +4,8 @@
 
 A claim is a file that only one can create. Its owner rewrites it every few seconds; a claim that has not changed for `lease_s`, by the
 watcher's own clock (no two machines need agree on the time), or whose process is known to be dead on this machine, is over, and whoever
-creates the next number has taken it over. Claims save the teacher's time; that no label is kept twice is the manifest's doing.
+creates the next number has taken it over. An owner that was only frozen leaves alone, when it wakes up, what is its own no more. Claims
+save the teacher's time; that no label is kept twice is the manifest's doing.
 
 Unit of data: one (view, shard).
 """
@@ -110,8 +111,10 @@ class Claims:
     def release(self, view: int, shard: int) -> None:
         """Give a unit back, after what it brought is committed. A claim that cannot be taken away runs out by itself, which is said."""
         with self._lock:
-            name = self._held.pop((view, shard))
+            name = self._held.pop((view, shard), None)
         try:
+            if name is None or not self._is_ours(name):
+                return
             # The older ones first: while they stood alone they would look like claims that are over, of a unit that nobody has done.
             for older in sorted(self._names(view, shard)):
                 if older <= name:
@@ -155,6 +158,13 @@ class Claims:
         prefix = _name(view, shard, 0).rpartition("/")[2].split(".")[0] + "."
         return [name for name in self._files.names(f"{FOLDER}/view-{view:05d}") if name.rpartition("/")[2].startswith(prefix)]
 
+    def _is_ours(self, name: str) -> bool:
+        """Whether the claim of this name is still ours. Numbers begin at 0 again where all claims of a unit were given back."""
+        try:
+            return self._own.owner.encode() in self._files.read(name)
+        except FileNotFoundError:
+            return False
+
     def _said(self, beat: int) -> bytes:
         return self._own.replace(beat=beat).model_dump_json().encode()
 
@@ -168,9 +178,13 @@ class Claims:
         while not self._closed.wait(self._lease_s / BEATS_A_LEASE):
             beat += 1
             with self._lock:
-                for name in self._held.values():
+                for unit, name in list(self._held.items()):
                     try:
-                        self._files.replace(name, self._said(beat))
+                        if self._is_ours(name):
+                            self._files.replace(name, self._said(beat))
+                        else:
+                            del self._held[unit]
+                            logger.warning("the claim %s was taken over: this process gave no sign of life for %g s", name, self._lease_s)
                     except OSError as error:  # the next beat may get through; if none does, the claim runs out and another does the work
                         logger.warning("the claim %s could not be renewed: %s", name, error)
 
