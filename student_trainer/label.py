@@ -13,6 +13,7 @@ import logging
 import time
 import uuid
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from distill.cluster.session import ray_session
 from distill.cluster.settings import RaySettings
 from distill.cluster.worker import Row
 from distill.errors import DistillError, TooManyRejected
-from distill.loader import CropLoader, LoaderSettings
+from distill.loader import CropLoader
 from distill.progress import RowLine
 from distill.rejections import RejectionLog
 from student_trainer.job import TrainJob
@@ -53,11 +54,12 @@ class LabelUnits:
         self._job = TrainJob.model_validate(job)
         self._board = board
         self._runner = asyncio.Runner()
-        train, data = self._job.train, self._job.data
-        rejections = RejectionLog(Path(self._job.rejected_path), data.max_rejected_share)
+        train = self._job.train
+        rejections = RejectionLog(Path(self._job.rejected_path), self._job.data.max_rejected_share)
         path = self._runner.run(self._open())
-        loading = LoaderSettings(self._job.seed, train.global_batch, drop_last=False, shuffle=False, num_threads=data.num_threads)
-        loader = CropLoader(self._job.open_images(), self._job.recipe, loading, lambda epoch: (epoch,), rejections)
+        images = self._job.open_images()
+        loading = replace(self._job.loading(images), drop_last=False, shuffle=False)
+        loader = CropLoader(images, self._job.recipe, loading, lambda epoch: (epoch,), rejections)
         claims = Claims(path.store.files, self._job.store.claim_s, over)
         self._labeller = UnitLabeller(loader, path, claims, rejections, train.global_batch, train.requests_in_flight)
 

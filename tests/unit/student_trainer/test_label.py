@@ -89,6 +89,16 @@ def test_within_the_limit_it_is_one_and_what_is_left_over_is_judged_with_the_res
         assert told["totals"]["asked"] == asked
 
 
+def test_memory_and_threads_are_the_run_files(job: TrainJob) -> None:
+    data, train = job.data.replace(window_shards=1, num_threads=3), job.train.replace(mixing_cache_mib=7)
+    told = job.replace(data=data, train=train).model_dump(mode="json")
+    actor: Any = label.LabelUnits(told, None, {})  # type: ignore[arg-type]
+    settings = actor._labeller._loader.settings
+    assert (settings.window_shards, settings.num_threads, settings.mixing_cache_bytes) == (1, 3, 7 * 2**20)
+    actor._runner.run(actor._labeller._path.close())
+    actor._runner.close()
+
+
 def test_what_another_machine_was_at_when_it_died_is_labelled(job: TrainJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert job.store_identity is not None
     store = SoftLabelStore(tmp_path / "store", job.store_identity)
