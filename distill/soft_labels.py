@@ -69,7 +69,7 @@ def encode(logits_NK: FloatArray, temperatures: Sequence[float], max_tv: float) 
     if not len(logits_NK):
         return []
     choice = choose(logits_NK, temperatures, max_tv)
-    if choice.tv_N.max() > max_tv:  # only dense16 is taken without fitting
+    if not choice.tv_N.max() <= max_tv:  # only dense16 is taken without fitting; and an error that is no number fits nothing
         raise StoreError(f"fp16 logits miss max_tv {max_tv:g} (error {choice.tv_N.max():.2g}); allow a larger store.max_tv")
     order = np.argsort(choice.form_N, kind="stable")
     records: dict[int, Record] = {}

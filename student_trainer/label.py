@@ -12,7 +12,8 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from distill.cluster.session import ray_session
 from distill.cluster.settings import RaySettings
 from distill.cluster.worker import Row
 from distill.errors import DistillError, TooManyRejected
-from distill.loader import CropLoader, LoaderSettings
+from distill.loader import CropLoader
 from distill.progress import RowLine
 from distill.rejections import RejectionLog
 from student_trainer.job import TrainJob
@@ -43,18 +44,23 @@ COUNTS = ("images", "asked", "is_others", "seen", "rejected")
 
 
 class LabelUnits:
-    """The actor: labels one unit after another."""
+    """The actor: labels one unit after another.
 
-    def __init__(self, job: dict[str, Any], board: BoardHandle) -> None:
+    Args:
+        over: others' claims that the job has found over (`Claims.over`).
+    """
+
+    def __init__(self, job: dict[str, Any], board: BoardHandle, over: Mapping[str, bytes]) -> None:
         self._job = TrainJob.model_validate(job)
         self._board = board
         self._runner = asyncio.Runner()
-        train, data = self._job.train, self._job.data
-        rejections = RejectionLog(Path(self._job.rejected_path), data.max_rejected_share)
+        train = self._job.train
+        rejections = RejectionLog(Path(self._job.rejected_path), self._job.data.max_rejected_share)
         path = self._runner.run(self._open())
-        loading = LoaderSettings(self._job.seed, train.global_batch, drop_last=False, shuffle=False, num_threads=data.num_threads)
-        loader = CropLoader(self._job.open_images(), self._job.recipe, loading, lambda epoch: (epoch,), rejections)
-        claims = Claims(path.store.files, self._job.store.claim_s)
+        images = self._job.open_images()
+        loading = replace(self._job.loading(images), drop_last=False, shuffle=False)
+        loader = CropLoader(images, self._job.recipe, loading, lambda epoch: (epoch,), rejections)
+        claims = Claims(path.store.files, self._job.store.claim_s, over)
         self._labeller = UnitLabeller(loader, path, claims, rejections, train.global_batch, train.requests_in_flight)
 
     async def _open(self) -> LabelPath:
@@ -127,7 +133,7 @@ def _row(totals: dict[str, int], num_labels: int) -> Row:
     }  # fmt: skip
 
 
-def _run_units(job: TrainJob, settings: RaySettings, units: list[Unit]) -> Iterator[tuple[Unit, UnitDone]]:
+def _run_units(job: TrainJob, settings: RaySettings, units: list[Unit], over: Mapping[str, bytes]) -> Iterator[tuple[Unit, UnitDone]]:
     # Our own line shows the progress; Ray Data's would be written between its parts.
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -135,7 +141,7 @@ def _run_units(job: TrainJob, settings: RaySettings, units: list[Unit]) -> Itera
     rows = [{"view": view, "shard": shard} for view, shard in units]
     dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), 1000)).map_batches(
         LabelUnits,
-        fn_constructor_kwargs={"job": job.model_dump(mode="json"), "board": board},
+        fn_constructor_kwargs={"job": job.model_dump(mode="json"), "board": board, "over": dict(over)},
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=settings.num_workers),
         num_cpus=settings.cpus_per_worker,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -140,7 +140,7 @@ def label_left(
     left: list[Unit],
     rules: LabelRules,
     owner: str,
-    run: Callable[[list[Unit]], Iterable[tuple[Unit, UnitDone]]],
+    run: Callable[[list[Unit], Mapping[str, bytes]], Iterable[tuple[Unit, UnitDone]]],
     claim_s: float = LEASE_S,
     pause: Callable[[float], None] = time.sleep,
 ) -> Iterable[tuple[Unit, UnitDone]]:
@@ -151,7 +151,8 @@ def label_left(
         left: see `units_left`.
         rules: how exact a label must be.
         owner: anything that is this job's own.
-        run: labels units and tells of each.
+        run: labels units and tells of each. It is given the claims that are over (`Claims.over`): whoever first sees them would have to
+            watch them as long again.
         claim_s: see `store.claim_s`.
 
     Yields:
@@ -164,7 +165,7 @@ def label_left(
         free = left
         while left:
             others = []
-            for unit, done in run(from_own_start(free, owner)):
+            for unit, done in run(from_own_start(free, owner), claims.over):
                 if done.is_others:
                     others.append(unit)
                 else:

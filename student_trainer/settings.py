@@ -23,7 +23,7 @@ class StoreSettings(Section):
     crop recipe and image set. Default: `store` in the run folder."""
     max_tv: float = Field(default=0.02, gt=0, lt=1)
     """Largest total-variation error that a kept label may have at the temperatures below, and at any other that it is read at."""
-    temperatures: list[float] = Field(default_factory=lambda: [1.0], min_length=1)
+    temperatures: list[Annotated[float, Field(gt=0, le=100)]] = Field(default_factory=lambda: [1.0], min_length=1)
     """Temperatures at which the error is computed exactly when a label is written; train.temperature is always among them. A label kept for
     temperature 1 is often too rough at 0.1, and is then asked for again: name both if the store is to serve both."""
     cache: str | None = None

@@ -2,8 +2,8 @@
 
     STORE/
       store.json            whose labels these are: teacher fingerprint, crop recipe, seed, image set
-      manifest.jsonl        in a folder: one line for each committed segment: view, shard, file, sha256, counts
-      manifest/             on an object store: the same, one object for each segment
+      manifest.jsonl        in a folder: one line for each commit, of a segment: view, shard, file, sha256, counts; or of several
+      manifest/             on an object store: the same, one object for each commit
       view-00003/shard-000012.SEGMENT.parquet      labels of rows of one image shard in one view
       claims/               which labelling job is at which (view, shard) just now
       quarantine/           segments whose bytes no longer fit their sha256; their labels are asked for again
@@ -156,12 +156,13 @@ class SoftLabelStore:
         """
         seen: dict[str, pa.Table | None] = {}
         # A segment that another process merged into a new one while we read is gone; then the new one is read.
-        while missing := [segment for segment in self.manifest.of(view, shard) if segment.file not in seen]:
+        segments = self.manifest.of(view, shard)
+        while missing := [segment for segment in segments if segment.file not in seen]:
             for segment in missing:
                 data = self.load(segment)
                 seen[segment.file] = None if data is None else read_bytes(data, columns)
-        found = ((segment, seen[segment.file]) for segment in self.manifest.of(view, shard))
-        return [(segment, table) for segment, table in found if table is not None]
+            segments = self.manifest.of(view, shard)
+        return [(segment, table) for segment in segments if (table := seen[segment.file]) is not None]
 
     def load(self, segment: Segment) -> bytes | None:
         """The bytes of a segment. None: it is damaged or gone, which has been said, and its labels count no more."""
@@ -249,7 +250,7 @@ class SoftLabelStore:
             with self.files.locked():
                 fresh += self.manifest.refresh(segment.view)
                 new = self._without_kept(segment, table, limit)
-                left = None if len(new) == len(table) and self.manifest.append(segment) else new
+                left = None if len(new) == len(table) and self.manifest.append([segment]) else new
                 fresh += self.manifest.refresh(segment.view)
                 # Also where the answer to `append` was lost, and the client library tried again and was refused.
                 if self._is_named(segment):
@@ -296,48 +297,66 @@ class SoftLabelStore:
                 is_new &= ~np.isin(rows, labels["row"].to_numpy()[exact])
         return table if is_new.all() else table.filter(pa.array(is_new))
 
-    def replace(self, view: int, shard: int, tables: Sequence[tuple[tuple[float, ...], pa.Table]], replaces: Sequence[Segment]) -> bool:
-        """Put merged segments in the place of others, and take those away. False: another process has replaced some of them; nothing is
-        changed. A crash leaves either the old ones or the new ones to be read.
+    def is_intact(self, segment: Segment) -> bool:
+        """Whether its file has the bytes that were committed.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
+        try:
+            return hashlib.sha256(self.files.read(segment.file)).hexdigest() == segment.sha256
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise StoreError(f"label segment {self.files.where}/{segment.file} cannot be read: {_said(error)}") from error
+
+    def replace(
+        self,
+        view: int,
+        shard: int,
+        tables: Sequence[tuple[tuple[float, ...], pa.Table]],
+        merged: Sequence[Segment],
+        gone: Sequence[Segment] = (),
+    ) -> bool:
+        """Put merged segments in the place of others, and take those away. False: another process has replaced some of them, or one of
+        `gone` is there again; nothing is changed. A crash leaves either the old ones or the new ones to be read.
 
         Args:
             tables: temperatures and labels of each new segment; at least one, which may be empty.
-            replaces: the segments whose labels they hold.
+            merged: the segments whose labels they hold.
+            gone: segments that are counted out with them, their labels lost.
 
         Raises:
             StoreError: the store cannot be written; or on an object store others committed to this shard and view first, MOST_TRIES times
-                in a row for one segment. The labels that were there still count.
+                in a row. The labels that were there still count.
         """
-        names = tuple(segment.file for segment in replaces)
-        # The first names what is replaced and comes last: until then the old ones count, and labels in both are read once.
+        names = tuple(segment.file for segment in (*merged, *gone))
+        # The last one names what is replaced: a thread that reads while they are taken in finds the old ones until all new ones are there.
         made = [
-            self._segment(view, shard, temperatures, table, names if number == 0 else ())
-            for number, (temperatures, table) in enumerate(tables)
+            self._segment(view, shard, temperatures, table, names if number == len(tables) else ())
+            for number, (temperatures, table) in enumerate(tables, start=1)
         ]
-        pending = list(reversed(made))
+        tries, is_named, is_others = 0, False, False
         try:
             for segment, (_, table) in zip(made, tables, strict=True):
                 self.files.put(segment.file, table_bytes(table))
-            tries = 0
-            while pending and tries < MOST_TRIES:
+            while not (is_named or is_others) and tries < MOST_TRIES:
+                tries += 1
                 with self.files.locked():
                     self.manifest.refresh(view)
                     replaced = {segment.file for segment in self.manifest.replaced()}
-                    if replaced & set(names):
-                        break
-                    is_named = self.manifest.append(pending[0])
-                    self.manifest.refresh(view)
-                tries += 1
-                if is_named or self._is_named(pending[0]):
-                    pending.pop(0)
-                    tries = 0
-            for file in [segment.file for segment in pending] or names:
+                    is_others = bool(replaced & set(names)) or any(map(self.is_intact, gone))
+                    if not is_others:
+                        is_named = self.manifest.append(made)
+                        self.manifest.refresh(view)
+                        is_named |= self._is_named(made[0])
+            for file in names if is_named else [segment.file for segment in made]:
                 self.files.remove(file)
         except OSError as error:
             raise StoreError(f"labels cannot be written to {self.folder}: {_said(error)}; committed labels are safe") from error
-        if tries == MOST_TRIES:
+        if not (is_named or is_others):
             raise self._others_first(view, shard)
-        return not pending
+        return is_named
 
     def _undo(self, segment: Segment) -> None:
         """Take away what a failed commit left, unless the manifest names it already (its last flush failed): readers count on that."""

@@ -4,7 +4,8 @@
 
 A claim is a file that only one can create. Its owner rewrites it every few seconds; a claim that has not changed for `lease_s`, by the
 watcher's own clock (no two machines need agree on the time), or whose process is known to be dead on this machine, is over, and whoever
-creates the next number has taken it over. Claims save the teacher's time; that no label is kept twice is the manifest's doing.
+creates the next number has taken it over. An owner that was only frozen leaves alone, when it wakes up, what is its own no more. Claims
+save the teacher's time; that no label is kept twice is the manifest's doing.
 
 Unit of data: one (view, shard).
 """
@@ -18,6 +19,7 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -51,15 +53,18 @@ class Claims:
 
     Args:
         lease_s: a claim that has not changed for so long is over. Every claimant of a store should have the same.
+        over: what another claimant knows to be over (its `over`), so that it need not be watched anew.
     """
 
-    def __init__(self, files: StoreFiles, lease_s: float = LEASE_S) -> None:
+    def __init__(self, files: StoreFiles, lease_s: float = LEASE_S, over: Mapping[str, bytes] | None = None) -> None:
         self._files = files
         self._lease_s = lease_s
         self._own = Claim(owner=uuid.uuid4().hex, machine=_machine(), process=os.getpid())
         self._held: dict[tuple[int, int], str] = {}
         self._watched: dict[str, tuple[bytes, float]] = {}
         """Others' claims: what they said, and since when they say it."""
+        self.over = dict(over or {})
+        """Others' claims that were found over, and what they said; one that says something else by now is not."""
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._beater: threading.Thread | None = None
@@ -106,8 +111,10 @@ class Claims:
     def release(self, view: int, shard: int) -> None:
         """Give a unit back, after what it brought is committed. A claim that cannot be taken away runs out by itself, which is said."""
         with self._lock:
-            name = self._held.pop((view, shard))
+            name = self._held.pop((view, shard), None)
         try:
+            if name is None or not self._is_ours(name):
+                return
             # The older ones first: while they stood alone they would look like claims that are over, of a unit that nobody has done.
             for older in sorted(self._names(view, shard)):
                 if older <= name:
@@ -127,6 +134,13 @@ class Claims:
         return _name(view, shard, _number(latest) + 1) if self._is_over(latest, said) else None
 
     def _is_over(self, name: str, said: bytes) -> bool:
+        if self.over.get(name) != said:
+            if not self._is_found_over(name, said):
+                return False
+            self.over[name] = said
+        return True
+
+    def _is_found_over(self, name: str, said: bytes) -> bool:
         try:
             claim = Claim.model_validate_json(said)
         except ValueError:
@@ -144,6 +158,13 @@ class Claims:
         prefix = _name(view, shard, 0).rpartition("/")[2].split(".")[0] + "."
         return [name for name in self._files.names(f"{FOLDER}/view-{view:05d}") if name.rpartition("/")[2].startswith(prefix)]
 
+    def _is_ours(self, name: str) -> bool:
+        """Whether the claim of this name is still ours. Numbers begin at 0 again where all claims of a unit were given back."""
+        try:
+            return self._own.owner.encode() in self._files.read(name)
+        except FileNotFoundError:
+            return False
+
     def _said(self, beat: int) -> bytes:
         return self._own.replace(beat=beat).model_dump_json().encode()
 
@@ -157,9 +178,13 @@ class Claims:
         while not self._closed.wait(self._lease_s / BEATS_A_LEASE):
             beat += 1
             with self._lock:
-                for name in self._held.values():
+                for unit, name in list(self._held.items()):
                     try:
-                        self._files.replace(name, self._said(beat))
+                        if self._is_ours(name):
+                            self._files.replace(name, self._said(beat))
+                        else:
+                            del self._held[unit]
+                            logger.warning("the claim %s was taken over: this process gave no sign of life for %g s", name, self._lease_s)
                     except OSError as error:  # the next beat may get through; if none does, the claim runs out and another does the work
                         logger.warning("the claim %s could not be renewed: %s", name, error)
 

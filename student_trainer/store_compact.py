@@ -77,13 +77,14 @@ def compact(store: SoftLabelStore, on_unit: Callable[[], None] = lambda: None, r
 
 
 def compact_unit(store: SoftLabelStore, view: int, shard: int) -> bool:
-    """Merge the segments of one unit. False: there is nothing to merge, or another process did it.
+    """Merge the segments of one unit, and count out those that are gone. A file that may only be late is left alone. False: there is
+    nothing to merge, another process did it, or a file that was gone is there again.
 
     Raises:
         StoreError: the store cannot be written.
     """
     live = store.manifest.of(view, shard)
-    gone = [segment for segment in store.manifest.gone() if (segment.view, segment.shard) == (view, shard)]
+    gone = [segment for segment in store.manifest.gone((view, shard)) if not store.manifest.is_late(segment)]
     if len(live) < 2 and not gone:
         return False
     tables = store.tables(view, shard)
@@ -92,8 +93,7 @@ def compact_unit(store: SoftLabelStore, view: int, shard: int) -> bool:
         return False
     if not made:  # all are gone: an empty segment stands for them
         made = [(gone[0].temperatures, SCHEMA.empty_table())]
-    replaces = [segment for segment, _ in tables] + [segment for segment in gone if segment not in store.manifest.of(view, shard)]
-    return store.replace(view, shard, made, replaces)
+    return store.replace(view, shard, made, [segment for segment, _ in tables], gone)
 
 
 def merge(tables: Sequence[tuple[Segment, pa.Table]]) -> Merged:

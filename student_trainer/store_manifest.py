@@ -1,9 +1,11 @@
 """The manifest: which segments count. A segment that it does not name is the remains of a crash.
 
-In a folder it is `manifest.jsonl`, one line a segment, appended to under a lock. On an object store, where nothing can be appended, it is
-one small object a segment, `manifest/view-00003/shard-000012.000007.json`: the eighth commit of that shard in that view. A writer creates
+In a folder it is `manifest.jsonl`, one line a commit, appended to under a lock. On an object store, where nothing can be appended, it is
+one small object a commit, `manifest/view-00003/shard-000012.000007.json`: the eighth commit of that shard in that view. A writer creates
 the next number only where nobody has, so two writers can never both be the eighth; the later one looks what the earlier one wrote and
 tries again. Both forms are read wherever they lie, so that a store can be copied from one kind of place to the other.
+
+A commit is one segment or, where a compaction makes several, a list of them: they count together or not at all.
 
 Unit of data: one `Segment`.
 """
@@ -15,15 +17,20 @@ import logging
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from threading import Lock
+from typing import Annotated
+
+from pydantic import Field, TypeAdapter
 
 from student_trainer.store_files import StoreFiles
 from student_trainer.store_local_files import MANIFEST_LOG
 from student_trainer.store_segments import Segment
 
 logger = logging.getLogger(__name__)
+
+COMMIT: TypeAdapter[Segment | list[Segment]] = TypeAdapter(Segment | Annotated[list[Segment], Field(min_length=1)])
 
 FOLDER = "manifest"
 FOLDED = f"{FOLDER}/folded.jsonl"
@@ -41,8 +48,8 @@ class Manifest:
         self._files = files
         self._refreshing = Lock()
         self._log_read_to = 0
-        self._entries: dict[str, Segment | None] = {}
-        """Entry objects that were read; None for a damaged one."""
+        self._entries: dict[str, list[Segment]] = {}
+        """Entry objects that were read, and what they name; nothing for a damaged one."""
         self._named: dict[str, Segment] = {}
         """file -> the segment, in the order of reading; those that are replaced or gone too."""
         self._units: dict[tuple[int, int], list[Segment]] = defaultdict(list)
@@ -71,6 +78,11 @@ class Manifest:
         """Segments that are missing, cut off or in quarantine, and that no other one replaces; all, or those of one (view, shard)."""
         named = list(self._named.values()) if unit is None else self.named_in(*unit)
         return [segment for segment in named if segment.file in self._gone and not self._is_replaced(segment.file)]
+
+    def is_late(self, segment: Segment) -> bool:
+        """Whether it is one of `gone` that is still looked for: nothing may be done that it would not survive."""
+        since = self._late.get(segment.file)
+        return since is not None and time.monotonic() - since < LATE_S
 
     def replaced(self) -> list[Segment]:
         """Segments whose labels are in another one."""
@@ -108,22 +120,22 @@ class Manifest:
                     logger.warning("label segment %s is gone or cut off; its labels are asked for again", path)
             return [segment for segment in (*appeared, *found) if self._counts(segment)]
 
-    def append(self, segment: Segment) -> bool:
-        """Name a segment whose file is in its place. False: another writer committed to the same shard and view first; look at what it
-        wrote (`refresh`) and try again. Call it with the files locked, right after `refresh`."""
-        prefix = _stem(segment.view, segment.shard)
+    def append(self, segments: Sequence[Segment]) -> bool:
+        """Name segments of one shard and view, at least one, whose files are in their places, all at once. False: another writer committed
+        there first; look at what it wrote (`refresh`) and try again. Call it with the files locked, right after `refresh`."""
+        prefix = _stem(segments[0].view, segments[0].shard)
         # Whatever else lies there, such as a copy that somebody made, has no number.
         matches = (
             re.fullmatch(r"([0-9]+)(-[0-9a-f]+)?\.json", name.removeprefix(prefix)) for name in self._entries if name.startswith(prefix)
         )
         numbers = [int(match[1]) for match in matches if match]
         entry = self._files.entry_name(f"{prefix}{max(numbers, default=-1) + 1:06d}.json")
-        return self._files.append(entry, segment.model_dump_json(exclude_defaults=True).encode())
+        return self._files.append(entry, COMMIT.dump_json(_unlisted(segments), exclude_defaults=True))
 
     def fold(self) -> int:
         """Write the copies that make opening fast; returns how many entries they cover."""
-        kept = {name: segment for name, segment in self._entries.items() if segment is not None}
-        lines = [json.dumps({"entry": name, "segment": segment.model_dump(mode="json")}) for name, segment in kept.items()]
+        kept = {name: segments for name, segments in self._entries.items() if segments}
+        lines = [json.dumps({"entry": n, "segment": COMMIT.dump_python(_unlisted(s), mode="json")}) for n, s in kept.items()]
         if lines:
             self._files.replace(FOLDED, "\n".join(lines).encode())
         return len(lines)
@@ -148,15 +160,14 @@ class Manifest:
         return found
 
     def _new_lines(self) -> list[Segment]:
-        found = []
+        found: list[Segment] = []
         for line in self._files.log_after(self._log_read_to).splitlines(keepends=True):
-            segment = segment_of(line)
-            if segment is None and not line.endswith(b"\n"):
+            segments = segments_of(line)
+            if not segments and not line.endswith(b"\n"):
                 break
             self._log_read_to += len(line)
-            if segment is not None:
-                found.append(segment)
-            elif line.strip():  # two halves of lines, from a crash in the middle of a write: that segment was never committed
+            found += segments
+            if not segments and line.strip():  # two halves of lines, from a crash in the middle of a write: that was never committed
                 path = f"{self._files.where}/{MANIFEST_LOG}"
                 logger.warning("a damaged line in %s is passed over; its labels will be asked for again", path)
         return found
@@ -168,18 +179,18 @@ class Manifest:
             self._unfold()
         new = sorted(name for name in names.keys() - self._entries.keys() if name.endswith(".json"))
         for name, data in self._files.read_many(new).items():
-            self._entries[name] = segment_of(data)
-            if self._entries[name] is None:
+            self._entries[name] = segments_of(data)
+            if not self._entries[name]:
                 path = f"{self._files.where}/{name}"
                 logger.warning("the manifest entry %s is damaged and passed over; its labels will be asked for again", path)
-        return [segment for segment in islice(self._entries.values(), before, None) if segment is not None]
+        return [segment for segments in islice(self._entries.values(), before, None) for segment in segments]
 
     def _unfold(self) -> None:
-        copies: dict[str, Segment] = {}
+        copies: dict[str, list[Segment]] = {}
         try:
             for line in self._files.read(FOLDED).splitlines():
                 copy = json.loads(line)
-                copies[str(copy["entry"])] = Segment.model_validate(copy["segment"])
+                copies[str(copy["entry"])] = _listed(COMMIT.validate_python(copy["segment"]))
         except (ValueError, KeyError, TypeError) as error:
             path, said = f"{self._files.where}/{FOLDED}", str(error).splitlines()[0]
             logger.warning("%s is damaged (%s); the entries themselves are read, and `distill store compact` writes it anew", path, said)
@@ -187,12 +198,21 @@ class Manifest:
         self._entries.update(copies)
 
 
-def segment_of(line: bytes) -> Segment | None:
-    """The segment that a line or an entry of the manifest names, or None for anything else."""
+def segments_of(line: bytes) -> list[Segment]:
+    """The segments that a line or an entry of the manifest names; none for anything else."""
     try:
-        return Segment.model_validate_json(line)
+        return _listed(COMMIT.validate_json(line))
     except ValueError:
-        return None
+        return []
+
+
+def _listed(commit: Segment | list[Segment]) -> list[Segment]:
+    return commit if isinstance(commit, list) else [commit]
+
+
+def _unlisted(segments: Sequence[Segment]) -> Segment | list[Segment]:
+    """One alone is written as itself, as it always was."""
+    return segments[0] if len(segments) == 1 else list(segments)
 
 
 def _stem(view: int, shard: int) -> str:

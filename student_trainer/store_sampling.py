@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from distill.config import Section
 from distill.errors import ConfigError, SourceError
-from distill.loader import CropLoader, LoaderSettings
+from distill.loader import CropLoader
 from distill.rejections import RejectionLog
 from distill.soft_label_sizes import LabelSizes, describe_sizes
 from distill.soft_labels import FloatArray, decode, encode
@@ -199,8 +200,9 @@ async def _ask(job: TrainJob, sample: Sample, on_crops: OnCrops) -> tuple[FloatA
     assert job.teacher is not None
     assert job.store_identity is not None
     rejections = RejectionLog(Path(job.rejected_path), 1.0)
-    loading = LoaderSettings(job.seed, ASK_AT_ONCE, drop_last=False, shuffle=False, num_threads=job.data.num_threads)
-    loader = CropLoader(job.open_images(), job.recipe, loading, lambda epoch: (epoch,), rejections)
+    images = job.open_images()
+    loading = replace(job.loading(images), global_batch=ASK_AT_ONCE, drop_last=False, shuffle=False)
+    loader = CropLoader(images, job.recipe, loading, lambda epoch: (epoch,), rejections)
     teacher = open_teacher(job.teacher)
     logits, image_ids, keys = [], list[str](), list[tuple[int, int, int]]()
     try:

@@ -6,6 +6,8 @@ Unit of data: one image shard in all its views. K classes.
 from __future__ import annotations
 
 import hashlib
+import logging
+import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias
@@ -18,10 +20,15 @@ from distill.errors import StoreError
 from distill.soft_labels import decode
 from student_trainer.store import SoftLabelStore
 from student_trainer.store_compact import compact_unit, leftovers
+from student_trainer.store_manifest import LATE_S
 from student_trainer.store_segments import Segment, image_ids_of, read_bytes
 
 Kind: TypeAlias = Literal["gone", "altered", "undecodable", "kept twice", "other image"]
 NAMED_AT_MOST = 5
+LOOK_AGAIN_S = 1.0
+"""Pause between two looks for files that may be late."""
+
+logger = logging.getLogger(__name__)
 
 
 class Problem(Section):
@@ -61,26 +68,50 @@ class Verification(Section):
         return sum(not problem.repaired for problem in self.problems)
 
 
-def verify(store: SoftLabelStore, repair: bool = False, on_segment: Callable[[Segment], None] = lambda segment: None) -> Verification:
-    """Look at every segment.
+def verify(
+    store: SoftLabelStore,
+    repair: bool = False,
+    on_segment: Callable[[Segment], None] = lambda segment: None,
+    pause: Callable[[float], None] = time.sleep,
+) -> Verification:
+    """Look at every segment that counted at the start. Writers and compactions may go on.
 
     Args:
-        repair: put damaged segments into quarantine, so that their labels are asked for again, and merge labels kept twice.
+        repair: put damaged segments into quarantine, so that their labels are asked for again, and merge labels kept twice. Files that
+            may only be late (`Manifest.is_late`) are waited for first.
         on_segment: called after each segment.
 
     Raises:
         StoreError: the store cannot be read or, to be repaired, written.
     """
     stats = store.stats()
-    problems = [_problem("gone", s, s.num_labels, "no file there, or one of another length") for s in store.manifest.gone()]
+    problems: list[Problem] = []
     by_shard: dict[int, list[Segment]] = defaultdict(list)
     for segment in sorted(store.segments, key=lambda s: (s.shard, s.view)):
         by_shard[segment.shard].append(segment)
     for segments in by_shard.values():
         problems += _Shard(store, on_segment).problems(segments)
+    problems += [_problem("gone", s, s.num_labels, "no file there, or one of another length") for s in _gone(store, repair, pause)]
     if repair:
         problems = _repair(store, problems)
     return Verification(**stats.model_dump(), problems=problems, leftovers=leftovers(store))
+
+
+def _gone(store: SoftLabelStore, for_good: bool, pause: Callable[[float], None]) -> list[Segment]:
+    """The segments that are gone now, after everything was read.
+
+    Args:
+        for_good: wait until those that may be late have appeared or are gone for good, and leave out those missed since.
+    """
+    store.refresh()
+    late = [segment for segment in store.manifest.gone() if for_good and store.manifest.is_late(segment)]
+    if late:
+        logger.warning("%d segments of %s are missing; they are looked for again for up to %g s", len(late), store.folder, LATE_S)
+    while any(map(store.manifest.is_late, late)):
+        pause(LOOK_AGAIN_S)
+        store.refresh()
+    gone = [segment for segment in store.manifest.gone() if not store.is_intact(segment)]
+    return [segment for segment in gone if not (for_good and store.manifest.is_late(segment))]
 
 
 def _problem(kind: Kind, segment: Segment, labels: int, says: str) -> Problem:
@@ -107,8 +138,9 @@ class _Shard:
     def _of_segment(self, segment: Segment) -> list[Problem]:
         try:
             data = self._store.files.read(segment.file)
-        except FileNotFoundError:
-            return [_problem("gone", segment, segment.num_labels, "no file there")]
+        except FileNotFoundError:  # gone, unless it is found merged into another one at the end
+            self._store.manifest.drop(segment)
+            return []
         except OSError as error:
             raise StoreError(f"label segment {self._store.files.where}/{segment.file} cannot be read: {error.strerror or error}") from error
         if hashlib.sha256(data).hexdigest() != segment.sha256:

@@ -80,6 +80,8 @@ class TestRunFile:
             ),
             ("train.students.0.network.depth=17", "depth is one of 10, 14, 18, 26, 34, 50, 101, 152, 200 (given: 17)"),
             ("train.students.0.name=a/b", "(given: 'a/b')"),
+            ("store.temperatures=[1, 0]", "store.temperatures.1: Input should be greater than 0 (given: 0)"),
+            ("store.temperatures=[-1]", "store.temperatures.0: Input should be greater than 0 (given: -1)"),
             ("data.label_fraction=0", "data.label_fraction: Input should be greater than 0 (given: 0)"),
             ("seed=-1", "seed: Input should be greater than or equal to 0 (given: -1)"),
         ],

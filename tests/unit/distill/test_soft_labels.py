@@ -374,6 +374,10 @@ class TestRefusals:
         with pytest.raises(StoreError, match=r"fp16 logits miss max_tv 1e-09 .* allow a larger store\.max_tv"):
             encode(logits, [2000.0], 1e-9)
 
+    def test_an_error_that_is_no_number(self) -> None:
+        with pytest.raises(StoreError, match=r"fp16 logits miss max_tv 0\.02 \(error nan\)"):
+            encode(np.eye(3, dtype=np.float32), [np.nan], 0.02)
+
     @pytest.mark.parametrize(
         ("encoding", "size"),
         [(0, 19), (0, 22), (1, 1), (1, 4), (1, 8), (1, 34), (2, 0), (2, 8), (2, 30), (3, 0), (3, 3), (3, 30), (4, 20), (255, 5)],

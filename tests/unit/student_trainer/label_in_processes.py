@@ -11,7 +11,7 @@ import asyncio
 import os
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from conftest import RECIPE, MemorySource  # beside this file
@@ -55,7 +55,7 @@ def main(folder: str, identity: str, rejected: str, claim_s: str, delay_s: str) 
 
         labeller = UnitLabeller(loader, runner.run(open_path()), claims, rejections, BATCH, in_flight=1)
 
-        def run(units: list[Unit]) -> Iterator[tuple[Unit, UnitDone]]:
+        def run(units: list[Unit], over: Mapping[str, bytes]) -> Iterator[tuple[Unit, UnitDone]]:
             for unit in units:
                 yield unit, runner.run(labeller.label(*unit))
 

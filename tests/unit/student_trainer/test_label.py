@@ -6,8 +6,10 @@ Unit of data: one labelling job over a folder of small images. `FakeTeacher` is 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,10 +18,11 @@ from PIL import Image
 
 from distill.cluster.settings import RaySettings
 from distill.errors import TooManyRejected
-from student_trainer import label
+from student_trainer import label, label_units, store_claims
 from student_trainer.job import TrainJob
 from student_trainer.label_units import Unit, UnitDone
 from student_trainer.store import SoftLabelStore, StoreIdentity
+from student_trainer.store_claims import Claims
 from teacher_server.fake import FakeTeacher
 
 CLASSES = ["cat", "dog"]
@@ -38,8 +41,9 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainJob:
         else:
             path.write_bytes(b"no image")
 
-    def run_here(job: TrainJob, settings: RaySettings, units: list[Unit]) -> Iterator[tuple[Unit, UnitDone]]:
-        actors: Any = [label.LabelUnits(job.model_dump(mode="json"), None) for _ in range(settings.num_workers)]  # type: ignore[arg-type]
+    def run_here(job: TrainJob, settings: RaySettings, units: list[Unit], over: Mapping[str, bytes]) -> Iterator[tuple[Unit, UnitDone]]:
+        made = (label.LabelUnits(job.model_dump(mode="json"), None, over) for _ in range(settings.num_workers))  # type: ignore[arg-type]
+        actors: list[Any] = list(made)
         for number, (view, shard) in enumerate(units):
             told = actors[number % len(actors)]({"view": np.array([view]), "shard": np.array([shard])})
             yield (view, shard), UnitDone(**{name: told[name][0] for name in label.COUNTS})
@@ -83,3 +87,27 @@ def test_within_the_limit_it_is_one_and_what_is_left_over_is_judged_with_the_res
     for asked in (NUM_GOOD * NUM_VIEWS, 0):
         told = label.label_images(with_limit(job, 0.4), settings)
         assert told["totals"]["asked"] == asked
+
+
+def test_memory_and_threads_are_the_run_files(job: TrainJob) -> None:
+    data, train = job.data.replace(window_shards=1, num_threads=3), job.train.replace(mixing_cache_mib=7)
+    told = job.replace(data=data, train=train).model_dump(mode="json")
+    actor: Any = label.LabelUnits(told, None, {})  # type: ignore[arg-type]
+    settings = actor._labeller._loader.settings
+    assert (settings.window_shards, settings.num_threads, settings.mixing_cache_bytes) == (1, 3, 7 * 2**20)
+    actor._runner.run(actor._labeller._path.close())
+    actor._runner.close()
+
+
+def test_what_another_machine_was_at_when_it_died_is_labelled(job: TrainJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert job.store_identity is not None
+    store = SoftLabelStore(tmp_path / "store", job.store_identity)
+    with monkeypatch.context() as patch:
+        patch.setattr(store_claims, "_machine", lambda: "elsewhere")
+        assert Claims(store.files, 600).take(1, 0)
+    ticks = itertools.count(step=10)  # so that each look is 10 s after the one before
+    monkeypatch.setattr(store_claims, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    monkeypatch.setattr(label_units, "LOOK_AGAIN_S", 0.0)
+    told = label.label_images(with_limit(job, 0.4), RaySettings(num_workers=2))
+    assert told["store"]["num_labels"] == NUM_GOOD * NUM_VIEWS
+    assert store.files.names("claims") == {}

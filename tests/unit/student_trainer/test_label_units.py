@@ -5,12 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from student_trainer import store_claims
 from student_trainer.label_path import LabelRules
 from student_trainer.label_units import UnitDone, from_own_start, label_left, units_left
 from student_trainer.store import Segment, SoftLabelStore
@@ -85,7 +88,7 @@ def test_units_that_another_job_is_at_are_waited_for_and_not_done_twice(store: S
 
     tried: list[list[tuple[int, int]]] = []
 
-    def run(units: list[tuple[int, int]]) -> Any:
+    def run(units: list[tuple[int, int]], over: Mapping[str, bytes]) -> Any:
         tried.append(sorted(units))
         for view, shard in units:
             if shard == 1:
@@ -99,6 +102,32 @@ def test_units_that_another_job_is_at_are_waited_for_and_not_done_twice(store: S
     assert done == {(0, 0): UnitDone(2, 2), (0, 1): UnitDone(2, 0), (0, 2): UnitDone(2, 2)}
     assert tried == [[(0, 0), (0, 1), (0, 2)]]
     assert len(pauses) == 3
+
+
+def test_a_dead_jobs_claim_from_another_machine_is_taken_over_by_actors_that_never_saw_it(
+    store: SoftLabelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each round has actors of its own, as Ray makes them, and only the job has watched the claim for as long as a claim lasts."""
+    with monkeypatch.context() as patch:
+        patch.setattr(store_claims, "_machine", lambda: "elsewhere")
+        assert Claims(store.files, 600).take(0, 0)
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(store_claims, "time", clock)
+    taken: list[tuple[float, bool]] = []
+
+    def pause(seconds: float) -> None:
+        clock.now += seconds
+        assert clock.now < 100, "it is never taken over"
+
+    def run(units: list[tuple[int, int]], *told: Mapping[str, bytes]) -> Any:
+        with Claims(store.files, 10, *told) as claims:
+            for unit in units:
+                taken.append((clock.now, claims.take(*unit)))
+                yield unit, UnitDone(2, 2, is_others=not taken[-1][1])
+
+    assert dict(label_left(store, [2], [(0, 0)], RULES, "me", run, 10, pause)) == {(0, 0): UnitDone(2, 2)}
+    assert taken == [(0.0, False), (12.0, True)]
+    assert store.files.names("claims") == {}
 
 
 def commit(store: SoftLabelStore, shard: int) -> None:

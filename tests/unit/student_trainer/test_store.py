@@ -81,6 +81,28 @@ def test_commit_tells_of_other_writers_segments_too(store: SoftLabelStore) -> No
     assert store.refresh() == []
 
 
+def test_what_another_thread_commits_at_any_moment_of_a_read_is_read_or_not(store: SoftLabelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = store.manifest.of
+    for at in range(4):  # before the first, the second, ... look at the manifest
+        put(store, [1], shard=at)
+        looks = 0
+
+        def of(view: int, shard: int, at: int = at) -> list[Segment]:
+            nonlocal looks
+            if looks == at:
+                monkeypatch.undo()
+                put(store, [2], shard=shard)
+                monkeypatch.setattr(store.manifest, "of", of)
+            looks += 1
+            return real(view, shard)
+
+        monkeypatch.setattr(store.manifest, "of", of)
+        rows = rows_read(store, shard=at)
+        assert rows in ({1}, {1, 2}), at
+        assert (rows == {1}) == (at >= looks)
+        monkeypatch.undo()
+
+
 class Killed(BaseException):
     """Stands for SIGKILL: no handler of errors runs."""
 

@@ -121,6 +121,46 @@ def test_the_claim_of_a_killed_process_of_this_machine_is_over_at_once(tmp_path:
         child.stdout.close()
 
 
+def test_an_owner_that_wakes_up_leaves_the_claim_of_a_later_one_alone(files: StoreFiles, caplog: pytest.LogCaptureFixture) -> None:
+    """It was frozen; a second owner took over, gave back, and a third has a claim of the same name."""
+    asleep, also_asleep = Claims(files, 0.3), Claims(files, LONG_S)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Claims, "_start_beating", lambda self: None)
+        patch.setattr(store_claims, "_is_alive", lambda process: False)
+        for frozen in (asleep, also_asleep):
+            assert frozen.take(0, 0)
+        with Claims(files, LONG_S) as second:
+            assert second.take(0, 0)
+    assert files.names("claims") == {}
+    with Claims(files, LONG_S) as third, Claims(files, LONG_S) as fourth:
+        assert third.take(0, 0)
+        (name,) = files.names("claims")
+        said = files.read(name)
+        asleep._start_beating()
+        until(lambda: f"{name} was taken over" in caplog.text)
+        asleep.close()
+        also_asleep.close()
+        assert {n: files.read(n) for n in files.names("claims")} == {name: said}
+        assert not fourth.take(0, 0)
+    assert files.names("claims") == {}
+
+
+def test_what_one_found_over_another_may_take_over_unless_the_owner_woke_up(files: StoreFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(store_claims, "_is_alive", lambda process: False)
+        dead, woken, watcher = Claims(files, LONG_S), Claims(files, LONG_S), Claims(files, LONG_S)
+        assert dead.take(0, 0)
+        assert woken.take(0, 1)
+        assert watcher.is_free(0, 0)
+        assert watcher.is_free(0, 1)
+    files.replace(next(name for name in files.names("claims") if "shard-000001" in name), woken._said(1))
+    monkeypatch.setattr(store_claims, "_machine", lambda: "elsewhere")
+    with Claims(files, LONG_S) as untold, Claims(files, LONG_S, watcher.over) as told:
+        assert not untold.take(0, 0)
+        assert told.take(0, 0)
+        assert not told.take(0, 1)
+
+
 @pytest.mark.parametrize("fault", [OSError("no route"), PermissionError(13, "an odd answer")])
 def test_files_that_fail_cost_no_labelling_job_its_work(
     files: StoreFiles, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: Exception

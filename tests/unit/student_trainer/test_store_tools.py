@@ -8,6 +8,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from distill.cli.main import run_command
 from distill.errors import StoreError
 from distill.soft_labels import Encoding, Record, encode, softmax
 from student_trainer import store as store_module
+from student_trainer import store_manifest
 from student_trainer.open_store import find_stores, open_any_store
 from student_trainer.store import Segment, SoftLabelStore, StoreIdentity
 from student_trainer.store_compact import compact, compact_unit
@@ -53,6 +55,13 @@ def put(
     return store.commit(view, shard, rows, [f"{name}-{row}" for row in rows], kept, temperatures)
 
 
+def put_for_two_jobs(store: SoftLabelStore) -> None:
+    """Labels that become two segments: each of two sets of temperatures has two now."""
+    for row in range(4):
+        temperatures = (1.0,) if row < 2 else (1.0, 2.0)
+        put(store, [row], records=encode(LOGITS[[row]], temperatures, MAX_TV), temperatures=temperatures)
+
+
 def keep_twice(store: SoftLabelStore, rows: list[int]) -> None:
     """As two writers without a lock would."""
     with pytest.MonkeyPatch.context() as patch:
@@ -62,6 +71,27 @@ def keep_twice(store: SoftLabelStore, rows: list[int]) -> None:
 
 def reopened(store: SoftLabelStore) -> SoftLabelStore:
     return SoftLabelStore(store.folder, store.identity)
+
+
+@pytest.fixture
+def none_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is missing is gone for good, as it is a minute later."""
+    monkeypatch.setattr(store_manifest, "LATE_S", 0.0)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """By which a file is late or gone."""
+    clock = SimpleNamespace(now=1000.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(store_manifest, "time", clock)
+    return clock
+
+
+def hide(store: SoftLabelStore, segment: Segment) -> Callable[[], object]:
+    """As a network file system that does not show a file yet; what is returned makes it show it."""
+    path = Path(store.folder, segment.file)
+    aside = path.rename(path.with_suffix(".hidden"))
+    return lambda: aside.rename(path)
 
 
 def labels_of(store: SoftLabelStore, view: int = 0, shard: int = 0) -> dict[int, bytes]:
@@ -80,7 +110,7 @@ class TestVerify:
         found = verify(reopened(anywhere))
         assert (found.num_segments, found.num_labels, found.problems, found.leftovers) == (2, 3, [], [])
 
-    def test_every_kind_of_damage_is_named_and_mended(self, anywhere: SoftLabelStore, quiet: None) -> None:
+    def test_every_kind_of_damage_is_named_and_mended(self, anywhere: SoftLabelStore, quiet: None, none_late: None) -> None:
         (altered,) = put(anywhere, [1, 2])
         (gone,) = put(anywhere, [3], shard=1)
         put(anywhere, [5, 6])
@@ -126,6 +156,33 @@ class TestVerify:
         put(anywhere, [1], records=[Record(Encoding.DENSE16, LOGITS[1].astype("<f2").tobytes(), 0.0, 0.001)])
         assert verify(reopened(anywhere)).problems == []
 
+    def test_segments_that_are_merged_meanwhile_are_not_gone(self, anywhere: SoftLabelStore) -> None:
+        put(anywhere, [1])
+        put(anywhere, [2])
+        reader = reopened(anywhere)
+        compact(anywhere)
+        assert verify(reader).problems == []
+
+    def test_a_repair_waits_for_a_file_that_is_only_late(self, store: SoftLabelStore, clock: SimpleNamespace, quiet: None) -> None:
+        put(store, [1])
+        (late,) = put(store, [2])
+        (lost,) = put(store, [3])
+        Path(store.folder, lost.file).unlink()
+        show = hide(store, late)
+        pauses: list[float] = []
+
+        def pause(seconds: float) -> None:
+            pauses.append(seconds)
+            clock.now += seconds
+            if len(pauses) == 3:
+                show()
+
+        found = verify(reopened(store), repair=True, pause=pause)
+        assert [(problem.kind, problem.file, problem.repaired) for problem in found.problems] == [("gone", lost.file, True)]
+        assert sum(pauses) == store_manifest.LATE_S
+        assert labels_of(store).keys() == {1, 2}
+        assert verify(reopened(store)).problems == []
+
 
 class TestCompact:
     def test_many_segments_become_one_that_says_the_same(self, anywhere: SoftLabelStore) -> None:
@@ -169,7 +226,7 @@ class TestCompact:
         assert verify(reopened(anywhere)).problems == []
         assert compact(reopened(anywhere)).num_units == 0
 
-    def test_an_empty_segment_stands_beside_others(self, anywhere: SoftLabelStore, quiet: None) -> None:
+    def test_an_empty_segment_stands_beside_others(self, anywhere: SoftLabelStore, quiet: None, none_late: None) -> None:
         (lost,) = put(anywhere, [1], records=encode(LOGITS[[1]], (0.1, 1.0), MAX_TV), temperatures=(0.1, 1.0))
         anywhere.files.remove(lost.file)
         compact(reopened(anywhere))  # an empty one in its place
@@ -177,19 +234,39 @@ class TestCompact:
         assert compact(reopened(anywhere)).num_units == 1
         assert copies(anywhere) == [1, 2]
 
+    @pytest.mark.parametrize("shown", ["before it begins", "after it has ended", "after it was looked for long enough"])
+    def test_a_file_that_a_network_file_system_shows_late_loses_no_label(
+        self, store: SoftLabelStore, shown: str, clock: SimpleNamespace, quiet: None
+    ) -> None:
+        put(store, [1])
+        put(store, [2])
+        show = hide(store, put(store, [3])[0])
+        other = reopened(store)
+        if shown == "after it was looked for long enough":
+            clock.now += store_manifest.LATE_S
+        if shown != "after it has ended":
+            show()
+        compact(other)
+        if shown == "after it has ended":
+            show()
+        assert labels_of(store).keys() == {1, 2, 3}
+        compact(reopened(store))
+        assert labels_of(store).keys() == {1, 2, 3}
+        assert len(reopened(store).segments) == 1
+
     def test_killed_at_any_step_nothing_is_lost(self, tmp_path: Path, identity: StoreIdentity, quiet: None) -> None:
         for at in range(60):
             store = SoftLabelStore(tmp_path / f"killed-{at}", identity)
-            for row in range(3):
-                put(store, [row])
+            put_for_two_jobs(store)
             before = labels_of(store)
             with pytest.MonkeyPatch.context() as patch:
                 survived = not killed_at(patch, at, lambda s=store: compact(s))
             assert labels_of(store) == before, at
+            assert copies(store) == [0, 1, 2, 3], at
             compact(reopened(store), remove_leftovers=True)
             assert labels_of(store) == before, at
-            assert copies(store) == [0, 1, 2], at
-            assert len(store.files.names("view-00000")) == 1
+            assert copies(store) == [0, 1, 2, 3], at
+            assert len(store.files.names("view-00000")) == 2
             if survived:
                 assert at > 5
                 return
@@ -214,6 +291,45 @@ class TestCompact:
         assert labels_of(anywhere) == before
         assert copies(anywhere) == [0, 1, 2]
         assert len(anywhere.files.names("view-00000")) == 1
+
+    def test_two_that_compact_for_several_temperatures_at_once_double_nothing(self, anywhere: SoftLabelStore) -> None:
+        """The other one comes at each moment at which the first holds no lock."""
+        for at in range(10):
+            store = SoftLabelStore(f"{anywhere.folder}-{at}", anywhere.identity)
+            put_for_two_jobs(store)
+            other, before, real, locks = reopened(store), labels_of(store), store.files.locked, 0
+
+            def locked(at: int = at, other: SoftLabelStore = other, real: Callable[[], Any] = real) -> Any:
+                nonlocal locks
+                if locks == at:
+                    assert compact_unit(other, 0, 0)
+                locks += 1
+                return real()
+
+            store.files.locked = locked  # type: ignore[method-assign]
+            was_first = compact_unit(store, 0, 0)
+            assert labels_of(store) == before
+            assert copies(store) == [0, 1, 2, 3]
+            assert len(store.files.names("view-00000")) == len(reopened(store).segments) == 2
+            assert verify(reopened(store)).problems == []
+            if locks <= at:
+                assert was_first
+                return
+        pytest.fail("compaction has no end")
+
+    def test_a_line_that_names_several_segments_counts_whole_or_not_at_all(
+        self, store: SoftLabelStore, monkeypatch: pytest.MonkeyPatch, quiet: None
+    ) -> None:
+        put_for_two_jobs(store)
+        monkeypatch.setattr(type(store.files), "remove", lambda self, name: None)
+        manifest = Path(store.folder, "manifest.jsonl")
+        before = manifest.read_bytes()
+        compact(store)
+        after = manifest.read_bytes()
+        for cut in (*range(len(before), len(after), 97), len(after) - 3, len(after) - 1):
+            manifest.write_bytes(after[:cut])
+            assert copies(store) == [0, 1, 2, 3], cut
+        assert len(reopened(store).segments) == 2
 
     def test_a_merged_segment_that_is_damaged_while_the_old_ones_are_there_costs_nothing(
         self, anywhere: SoftLabelStore, monkeypatch: pytest.MonkeyPatch, quiet: None
