@@ -603,6 +603,12 @@ def test_widths_that_no_ratio_gives(tf: Any, tmp_path: Path) -> None:
     )
 
 
+def test_a_width_that_leaves_the_first_group_nothing(tf: Any, tmp_path: Path) -> None:
+    tensors = tf.network(depth=18).tf1()
+    tensors["base_model/conv2d_20/kernel"] = np.zeros((3, 3, 4, 4), np.float32)
+    assert "give at least 1/64" in refused(tf, tmp_path, tensors)
+
+
 def test_class_lists(tf: Any, tmp_path: Path) -> None:
     tensors = tf.network(depth=18).tf1()
     assert "4 class names are given, and the classifier in" in refused(tf, tmp_path, tensors, class_names=list("abcd"))
