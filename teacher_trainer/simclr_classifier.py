@@ -64,8 +64,11 @@ def find_purpose(checkpoint: SimclrCheckpoint, step: int | None) -> Purpose:
         return Purpose.PRETRAINED if whole else Purpose.FINE_TUNED
     if graph is not None and graph.classifier_after is not None:
         return Purpose.PRETRAINED if graph.gradient_stopped else Purpose.FINE_TUNED
-    if names.ignored[MEMORY] or any(name.startswith("ema_model/") for name in names.averages.values()):
-        return Purpose.PRETRAINED  # it had a momentum encoder
+    momentum_encoder = any(name.startswith("ema_model/") for name in names.averages.values())
+    if names.format != "tf1" and supervised_name("kernel") in names.averages:
+        momentum_encoder = False  # an average of the whole model, which any run may keep
+    if names.ignored[MEMORY] or momentum_encoder:
+        return Purpose.PRETRAINED
     if step == PRETRAINING_STEP:
         return Purpose.PRETRAINED
     return Purpose.FINE_TUNED if step in STEPS_AFTER_FIRST_LAYER or step in STEPS_AFTER_BACKBONE else Purpose.UNKNOWN

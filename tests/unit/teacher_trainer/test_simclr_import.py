@@ -325,6 +325,69 @@ def test_averages_with_a_suffix(tf: Any, tmp_path: Path) -> None:
     assert found.ignored == {"weights before averaging": len(averaged)}
 
 
+def tf2_with_second_root(tf: Any, official: Any, root: str, second_first: bool, left_out: str = "-") -> dict[str, Any]:
+    """A `tf.train.Checkpoint` of the network plus 1, with the network itself held by a second root."""
+    of = {one.path: (one.full_name, one.value + 1) for one in official.variables}
+    copies = {one.path.replace("model", root, 1): (one.full_name, one.value) for one in official.variables if left_out not in one.path}
+    variables = {**copies, **of} if second_first else {**of, **copies}
+    tensors = {f"{path}/.ATTRIBUTES/VARIABLE_VALUE": value for path, (_, value) in variables.items()}
+    names = {path: full_name for path, (full_name, _) in variables.items()}
+    return tensors | {
+        "_CHECKPOINTABLE_OBJECT_GRAPH": tf.object_graph({path: f"{path}/.ATTRIBUTES/VARIABLE_VALUE" for path in names}, names)
+    }
+
+
+@pytest.mark.parametrize(("root", "second_first"), [("ema_model", True), ("ema_model", False), ("model_ema", False), ("EMA", True)])
+@pytest.mark.parametrize("with_graph", [True, False])
+@pytest.mark.parametrize("name", ["18", "50 sk cifar"])
+def test_tf2_averages_in_a_second_model(tf: Any, tmp_path: Path, name: str, root: str, second_first: bool, with_graph: bool) -> None:
+    official = tf.network(**TF2_NETWORKS[name])
+    tensors = tf2_with_second_root(tf, official, root, second_first)
+    if not with_graph:
+        del tensors["_CHECKPOINTABLE_OBJECT_GRAPH"]
+    tf.write_bundle(tmp_path / "ckpt-7", tensors)
+    averaged = import_into(tmp_path / "ckpt-7", tmp_path / "ema", use_ema=True, classifier_after=official.classifier_after)
+    check_same(official, tmp_path / "ema", averaged)
+    assert averaged.ignored == {"weights before averaging": len(official.variables)}
+    plain = import_into(tmp_path / "ckpt-7", tmp_path / "plain", classifier_after=official.classifier_after)
+    assert plain.ignored == {"EMA copies": len(official.variables)}
+    ours = load_checkpoint(tmp_path / "plain" / "checkpoint").weights
+    torch.testing.assert_close(ours["body.linear.bias"], official.linear.bias + 1)
+
+
+def test_tf2_averages_of_a_momentum_encoder(tf: Any, tmp_path: Path) -> None:
+    official = tf.network(depth=18, classifier_after=0)
+    tf.write_bundle(tmp_path / "ckpt-7", tf2_with_second_root(tf, official, "ema_model", True, left_out="supervised_head"))
+    found = import_into(tmp_path / "ckpt-7", tmp_path / "out", use_ema=True)
+    assert (found.kind, found.taken) == ("pretrained", "pretrained")
+    check_pretrained(official, tmp_path / "out", offset=0)
+
+
+def test_an_average_alone_is_the_network(tf: Any, tmp_path: Path) -> None:
+    official = tf.network(depth=18)
+    tensors = tf2_with_second_root(tf, official, "ema_model", True)
+    del tensors["_CHECKPOINTABLE_OBJECT_GRAPH"]
+    tf.write_bundle(tmp_path / "ckpt-7", {name: value for name, value in tensors.items() if not name.startswith("model/")})
+    found = import_into(tmp_path / "ckpt-7", tmp_path / "out", classifier_after=1)
+    check_same(official, tmp_path / "out", found)
+
+
+def test_tf2_averages_as_slots(tf: Any, tmp_path: Path) -> None:
+    """As MovingAverage of TensorFlow Addons keeps them: of what was trained, here the backbone, one head layer, and the classifier."""
+    official = tf.network(depth=18)
+    trained = [one for one in official.variables if "moving" not in one.path and "nl_1" not in one.tf1 and "nl_2" not in one.tf1]
+    tensors = tf.tf2_tensors(official, slots=lambda path: path in [one.path for one in trained])
+    for one in trained:
+        tensors[f"{one.path}/.OPTIMIZER_SLOT/optimizer/average/.ATTRIBUTES/VARIABLE_VALUE"] = one.value
+        tensors[f"{one.path}/.ATTRIBUTES/VARIABLE_VALUE"] = one.value + 1
+    tf.write_bundle(tmp_path / "ckpt-7", tensors)
+    found = import_into(tmp_path / "ckpt-7", tmp_path / "ema", use_ema=True)
+    check_same(official, tmp_path / "ema", found)
+    assert found.ignored["weights before averaging"] == found.ignored["optimiser slots"] == len(trained)
+    assert (found.kind, found.classifier_after) == ("fine-tuned", 1)
+    assert import_into(tmp_path / "ckpt-7", tmp_path / "plain").ignored["EMA copies"] == len(trained)
+
+
 def test_averages_that_are_not_there(tf: Any, tmp_path: Path) -> None:
     official = tf.network(depth=18)
     tf.write_bundle(tmp_path / "m", official.tf1())
@@ -388,7 +451,8 @@ def test_tf2_slots_tell_what_was_trained(tf: Any, tmp_path: Path, trained: Calla
     assert place_of(tmp_path / "ckpt-3754", tmp_path) == expected
 
 
-def test_slots_in_which_nothing_has_arrived(tf: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("use_ema", [False, True])
+def test_slots_in_which_nothing_has_arrived(tf: Any, tmp_path: Path, use_ema: bool) -> None:
     official = tf.network(depth=18)
     tensors, names, keys = tf.tf2_tensors(official), {}, {}
     trained = [one for one in official.variables if "moving" not in one.path]
@@ -397,11 +461,18 @@ def test_slots_in_which_nothing_has_arrived(tf: Any, tmp_path: Path) -> None:
         arrived = "nl_1" not in one.full_name and "nl_2" not in one.full_name
         tensors[f"{path}/.ATTRIBUTES/VARIABLE_VALUE"] = np.full_like(one.value, 0.1 if arrived else 0)
         names[path], keys[path] = f"SGD/m/{one.full_name}", f"{path}/.ATTRIBUTES/VARIABLE_VALUE"
+        if use_ema:
+            path = f"optimizer/_variables/{number + len(trained)}"
+            tensors[f"{path}/.ATTRIBUTES/VARIABLE_VALUE"] = one.value
+            tensors[f"{one.path}/.ATTRIBUTES/VARIABLE_VALUE"] = one.value + 1
+            names[path], keys[path] = f"SGD/average/{one.full_name}", f"{path}/.ATTRIBUTES/VARIABLE_VALUE"
     for one in official.variables:
         names[one.path], keys[one.path] = one.full_name, f"{one.path}/.ATTRIBUTES/VARIABLE_VALUE"
     tensors["_CHECKPOINTABLE_OBJECT_GRAPH"] = tf.object_graph(keys, names)
     tf.write_bundle(tmp_path / "ckpt-2", tensors)
     assert place_of(tmp_path / "ckpt-2", tmp_path) == ("fine-tuned", 1, False)
+    if use_ema:
+        check_same(official, tmp_path / "ema", import_into(tmp_path / "ckpt-2", tmp_path / "ema", use_ema=True))
 
 
 def test_averages_do_not_make_it_pretraining(tf: Any, tmp_path: Path) -> None:
