@@ -1,8 +1,8 @@
 """NT-Xent, the loss that pulls two views of an image together and all other views apart (SimCLR, arXiv 2002.05709, section 2.1).
 
 Both views of one image are positives of each other; the views of all other images of the step, on whichever worker they are, are the
-negatives, and with a memory (SimCLRv2, section 2.1) the embeddings in its queue too. A worker's anchors are its own views. The embeddings
-of the other workers are gathered with gradient: a view is also pushed by the anchors to which it is a negative.
+negatives, and with a memory (SimCLRv2, section 2.1) the embeddings of other images in its queue too. A worker's anchors are its own views.
+The embeddings of the other workers are gathered with gradient: a view is also pushed by the anchors to which it is a negative.
 
 Shapes: B images of this worker, N of all workers, D embedding, M rows of the memory's queue. All in float32.
 """
@@ -19,7 +19,7 @@ from distill.cluster.ddp import sum_over_workers
 from distill.errors import ConfigError
 from distill.models.projection_head import unit_length
 
-SELF_SIMILARITY = -1e9  # takes a view's similarity with itself out of the softmax
+SELF_SIMILARITY = -1e9  # takes a view's similarity with itself, or with its image's views in the memory, out of the softmax
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ def nt_xent(
     contrastive_temperature: float,
     parts: BatchParts | None = None,
     memory_MD: Tensor | None = None,
+    own_BM: Tensor | None = None,
 ) -> ContrastiveOutcome:
     """The loss on the embeddings of both views, row i of each being the same image.
 
@@ -77,6 +78,7 @@ def nt_xent(
         parts: how the step's images lie on the workers; None for all of them here. With it all workers call this together, and
             `backward` too.
         memory_MD: float [M,D] of unit length, without gradient: more negatives of every view.
+        own_BM: bool [B,M], where a row of the memory is an earlier view of the image itself, which is no negative; None for nowhere.
 
     Raises:
         ConfigError: one image in all, and no memory: there is nothing to tell it from.
@@ -94,7 +96,10 @@ def nt_xent(
     itself_2B, partner_2B = torch.cat([row, row + total]), torch.cat([row + total, row])
     similarity = similarity.scatter(1, itself_2B[:, None], SELF_SIMILARITY)
     if memory_MD is not None:
-        similarity = torch.cat([similarity, own_2BD @ memory_MD.T / contrastive_temperature], dim=1)
+        to_memory_2BM = own_2BD @ memory_MD.T / contrastive_temperature
+        if own_BM is not None:
+            to_memory_2BM = to_memory_2BM.masked_fill(own_BM.repeat(2, 1), SELF_SIMILARITY)
+        similarity = torch.cat([similarity, to_memory_2BM], dim=1)
     log_probs = F.log_softmax(similarity, dim=1)
     return ContrastiveOutcome(
         loss=F.nll_loss(log_probs, partner_2B, reduction="sum") / total,

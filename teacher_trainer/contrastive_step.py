@@ -5,7 +5,7 @@ and the network's backward pass starts from it. So a batch that does not fit int
 without a graph for the embeddings and once with one for the gradients, and still has all its negatives (GradCache, Gao et al. 2021,
 arXiv 2101.06983).
 
-Shapes: V = 2 views, B images of this worker, b images of one micro-batch, C = 3, H W pixels, D embedding.
+Shapes: V = 2 views, B images of this worker, b images of one micro-batch, C = 3, H W pixels, D embedding, M rows of the queue.
 """
 
 from __future__ import annotations
@@ -65,8 +65,10 @@ class ContrastiveStep:
     def __init__(self, network: nn.Module, trained: nn.Module, settings: PretrainSettings, worker: Worker) -> None:
         self.network, self.trained, self.settings, self.worker = network, trained, settings, worker
 
-    def backward(self, views: Views, parts: BatchParts, memory_MD: Tensor | None) -> ContrastiveOutcome:
-        """Add the gradient of the whole step's loss to the parameters' `grad`, the same in every worker."""
+    def backward(
+        self, views: Views, parts: BatchParts, memory_MD: Tensor | None = None, own_BM: Tensor | None = None
+    ) -> ContrastiveOutcome:
+        """Add the gradient of the whole step's loss to the parameters' `grad`, the same in every worker. The memory: see `nt_xent`."""
         self.network.train()
         micro_batches = views.micro_batches(parts)
         whole_VBD = None
@@ -77,7 +79,7 @@ class ContrastiveStep:
         else:
             with kept_statistics(self.network):
                 leaf_VBD = self.embeddings(self.network, views, micro_batches).requires_grad_()
-        outcome = nt_xent(leaf_VBD[0], leaf_VBD[1], self.settings.contrastive_temperature, parts, memory_MD)
+        outcome = nt_xent(leaf_VBD[0], leaf_VBD[1], self.settings.contrastive_temperature, parts, memory_MD, own_BM)
         outcome.loss.backward()
         assert leaf_VBD.grad is not None
         gradient_VBD = leaf_VBD.grad * self.worker.world  # gradients are averaged over the workers, the loss is a sum over them

@@ -129,12 +129,15 @@ class _Pretraining:
         if min(parts.counts) < 1 or parts.num_images < 2:
             return None
         views = Views(batch, self.settings, self.seed, self.worker.device)
-        outcome = self.step.backward(views, parts, self.memory.negatives if self.memory else None)
+        images_B2 = torch.from_numpy(batch.rows).to(self.worker.device)
+        memory = (self.memory.negatives, self.memory.are_of(images_B2)) if self.memory else ()
+        outcome = self.step.backward(views, parts, *memory)
         apply_step(self.optimizer, self.network, self.settings.optimizer, self.done, self.num_steps)
         if self.memory:
             self.memory.follow(self.network)
             embeddings_VBD = self.step.embeddings(self.memory.network, views, views.micro_batches(parts))
-            self.memory.keep(torch.cat([parts.gather(embeddings_BD) for embeddings_BD in embeddings_VBD]))
+            kept_ND = torch.cat([parts.gather(embeddings_BD) for embeddings_BD in embeddings_VBD])
+            self.memory.keep(kept_ND, parts.gather(images_B2).repeat(len(embeddings_VBD), 1))
         self.curve.add(outcome)
         return outcome
 

@@ -26,8 +26,8 @@ def check_job(settings: PretrainSettings, source: Source, world: int) -> None:
     """Refuse what cannot be done with these images and workers.
 
     Raises:
-        ConfigError: a part of the batch for each worker that is less than one image, a batch larger than the images, or a queue in which an
-            image would meet itself.
+        ConfigError: a part of the batch for each worker that is less than one image, a batch larger than the images, or a queue longer
+            than an epoch.
     """
     if settings.global_batch < world:
         raise ConfigError(
@@ -41,8 +41,8 @@ def check_job(settings: PretrainSettings, source: Source, world: int) -> None:
     num_views = 2 * source.num_images
     if settings.memory and settings.memory.size > num_views:
         raise ConfigError(
-            f"pretrain.memory.size {settings.memory.size} is more than the {num_views} views of one epoch, so that every image would be"
-            f" a negative of itself; give at most {num_views}"
+            f"pretrain.memory.size {settings.memory.size} is more than the {num_views} views of one epoch, and would hold older views of"
+            f" the same images; give at most {num_views}"
         )
 
 

@@ -15,7 +15,8 @@ class MemorySettings(Section):
     """Negatives from earlier steps: a moving average of the network embeds each step's views into a queue (SimCLRv2, section 2.1)."""
 
     size: int = Field(default=65536, ge=2)
-    """Views in the queue. At least the views of one step, at most those of one epoch: a longer queue holds each image's own views."""
+    """Views in the queue. At least the views of one step, at most those of one epoch. An image's own earlier views in it are no negatives
+    of it."""
     momentum: float = Field(default=0.999, ge=0, lt=1)
     """Share of the old weights in the moving average after a step."""
 

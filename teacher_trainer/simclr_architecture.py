@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from distill.config import validate
 from distill.errors import CheckpointError
 from distill.models.projection_head import ProjectionHead
 from distill.models.resnet import BLOCKS_PER_GROUP, MIN_SK_WIDTH, BottleneckBlock, ResNet, Stem
@@ -72,17 +73,18 @@ def find_network(shapes: Mapping[str, Shape], pooled_shortcut: bool | None, orig
 
     Raises:
         CheckpointError: these are the shapes of no ResNet that we have.
+        ConfigError: they are of a width that leaves some layer no channel.
     """
     layout = _find_layout(shapes, pooled_shortcut, origin)
     widths = [shapes[conv_name(k)] for k in range(sum(1 for _ in convolutions(layout)))]
     block = BLOCKS_PER_GROUP[layout.depth][0]
-    network = NetworkSettings(
-        depth=layout.depth,
-        width_multiplier=_width_multiplier(widths[-1][3] // block.expansion, origin),
-        sk_ratio=_sk_ratio(layout, widths, origin) if layout.selective else 0.0,
-        stem=layout.stem,
-    )
-    return network
+    found = {
+        "depth": layout.depth,
+        "width_multiplier": _width_multiplier(widths[-1][3] // block.expansion, origin),
+        "sk_ratio": _sk_ratio(layout, widths, origin) if layout.selective else 0.0,
+        "stem": layout.stem,
+    }
+    return validate(NetworkSettings, found, origin)
 
 
 def _find_layout(shapes: Mapping[str, Shape], pooled_shortcut: bool | None, origin: str) -> Layout:

@@ -123,12 +123,14 @@ def _pooled_shortcut(files: SimclrFiles, names: SimclrNames, graph: GraphEvidenc
 
 
 def _sources(names: SimclrNames, files: SimclrFiles, use_ema: bool) -> dict[str, str]:
-    """Which tensor each weight is read from. Averages need not exist of the classifier and of batch norm's own moving statistics."""
+    """Which tensor each weight is read from. Averages need not exist of the classifier, of batch norm's own moving statistics, and of what
+    the optimiser left alone."""
     if not use_ema:
         return names.weights
     if not names.averages:
         raise CheckpointError(f"{files.prefix} holds no EMA copies; import it without use_ema")
-    without = [name for name in names.weights if name not in names.averages and "/moving_" not in name and "head_supervised" not in name]
+    trained = names.slots or names.weights
+    without = [name for name in trained if name not in names.averages and "/moving_" not in name and "head_supervised" not in name]
     if without:
         raise CheckpointError(f"{files.prefix} holds EMA copies of some weights only ({list_names({'missing': without})})")
     return {**names.weights, **names.averages}

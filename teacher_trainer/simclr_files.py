@@ -35,6 +35,12 @@ class SimclrFiles:
     step: int | None = None
     """The training step in the name of the prefix or of the folder."""
 
+    @property
+    def called(self) -> list[str]:
+        """What people called it: the names of the prefix, or of the SavedModel's folder, and of the three folders around, nearest first."""
+        named = self.graph.parent if self.is_saved_model and self.graph else self.prefix
+        return [*reversed(named.absolute().parts[-4:])]
+
 
 def find_checkpoint(path: Path) -> SimclrFiles:
     """The checkpoint that a path means: a prefix, an `.index` file, a folder that holds one, or a SavedModel folder.

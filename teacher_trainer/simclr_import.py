@@ -27,7 +27,7 @@ from distill.models.saved_classifier import LOOKED_ON, ClassifierCard, save_clas
 from distill.models.settings import NetworkSettings
 from distill.teacher_info import Preprocessing
 from teacher_trainer.simclr_checkpoint import SimclrCheckpoint, open_simclr
-from teacher_trainer.simclr_classifier import ClassifierPlace, Purpose, find_purpose, place_classifier
+from teacher_trainer.simclr_classifier import ClassifierPlace, FoundPurpose, Purpose, find_purpose, place_classifier
 from teacher_trainer.simclr_names import AVERAGES, SimclrFormat
 from teacher_trainer.simclr_weights import classifier_weights, kept_head_layers, pretrained_weights
 
@@ -41,7 +41,7 @@ Taken: TypeAlias = Literal["classifier", "pretrained"]
 class SimclrFound:
     """What a published checkpoint turned out to be."""
 
-    kind: Literal["pretrained", "fine-tuned"]
+    kind: Purpose
     """What its last run was for; supervised training and linear evaluation count as fine-tuned."""
     format: SimclrFormat
     """Which code wrote it; a TF1 hub module is `tf1`."""
@@ -83,7 +83,7 @@ class SimclrFound:
         kernels = f"selective kernels (sk_ratio {self.sk_ratio:g})" if self.sk_ratio else "no selective kernels"
         head = f"{self.num_head_layers} layers, embedding of {self.embedding_dim}" if self.num_head_layers else "none"
         lines = [
-            f"{self.kind} SimCLR network ({self.format}{at_step})",
+            f"{'pretrained or fine-tuned' if self.kind is Purpose.UNKNOWN else self.kind} SimCLR network ({self.format}{at_step})",
             f"backbone: ResNet-{self.depth}, width x{self.width_multiplier:g}, {kernels}, {self.stem} stem, "
             f"{self.num_parameters / 1e6:.2f} M parameters",
             f"projection head: {head}",
@@ -170,12 +170,12 @@ def _names_fit(checkpoint: SimclrCheckpoint, class_names: Sequence[str] | None) 
     return class_names is None or checkpoint.num_classes in (None, len(class_names))
 
 
-def _can_be_tuned(checkpoint: SimclrCheckpoint, purpose: Purpose) -> bool:
-    """Whether the projection head is there, as pretraining left it."""
-    return bool(checkpoint.num_head_layers) and purpose is not Purpose.FINE_TUNED
+def _can_be_tuned(checkpoint: SimclrCheckpoint, purpose: FoundPurpose) -> bool:
+    """Whether the projection head is there, as pretraining left it, as far as the file tells."""
+    return bool(checkpoint.num_head_layers) and (purpose.purpose is not Purpose.FINE_TUNED or bool(purpose.doubt))
 
 
-def _taken(checkpoint: SimclrCheckpoint, purpose: Purpose, take: Literal["auto"] | Taken) -> Taken:
+def _taken(checkpoint: SimclrCheckpoint, purpose: FoundPurpose, take: Literal["auto"] | Taken) -> Taken:
     prefix = checkpoint.files.prefix
     if take == "classifier" and checkpoint.num_classes is None:
         raise CheckpointError(f"take: classifier, but {prefix} holds none; leave it out, and fine-tune what is there")
@@ -185,11 +185,11 @@ def _taken(checkpoint: SimclrCheckpoint, purpose: Purpose, take: Literal["auto"]
         )
     if take != "auto":
         return take
-    looked_on = purpose is Purpose.PRETRAINED and _can_be_tuned(checkpoint, purpose)
+    looked_on = purpose.purpose is Purpose.PRETRAINED and _can_be_tuned(checkpoint, purpose)
     return "pretrained" if checkpoint.num_classes is None or looked_on else "classifier"
 
 
-def _place(checkpoint: SimclrCheckpoint, given: int | None, purpose: Purpose, step: int | None) -> ClassifierPlace | None:
+def _place(checkpoint: SimclrCheckpoint, given: int | None, purpose: FoundPurpose, step: int | None) -> ClassifierPlace | None:
     """Where the classifier sits; None if there is none."""
     if checkpoint.num_classes is not None:
         return place_classifier(given, checkpoint, purpose, step)
@@ -203,7 +203,7 @@ def _place(checkpoint: SimclrCheckpoint, given: int | None, purpose: Purpose, st
 
 def _found(
     checkpoint: SimclrCheckpoint,
-    purpose: Purpose,
+    purpose: FoundPurpose,
     place: ClassifierPlace | None,
     step: int | None,
     class_names: Sequence[str] | None,
@@ -214,7 +214,7 @@ def _found(
     if use_ema:
         ignored["weights before averaging"] = ignored.pop(AVERAGES)
     return SimclrFound(
-        kind="pretrained" if purpose is Purpose.PRETRAINED else "fine-tuned",
+        kind=purpose.purpose,
         format=checkpoint.names.format,
         step=step,
         depth=checkpoint.network.depth,
@@ -232,20 +232,22 @@ def _found(
     )
 
 
-def _notes(checkpoint: SimclrCheckpoint, purpose: Purpose, place: ClassifierPlace | None, class_names: Sequence[str] | None) -> list[str]:
+def _notes(
+    checkpoint: SimclrCheckpoint, purpose: FoundPurpose, place: ClassifierPlace | None, class_names: Sequence[str] | None
+) -> list[str]:
     """What was concluded, and what the user may want to say differently."""
     if place is None and checkpoint.num_classes is not None:
-        looked_on = ", which looked on in pretraining," if purpose is Purpose.PRETRAINED else ""
-        return [f"its classifier of {checkpoint.num_classes} classes{looked_on} is left out"]
+        looked_on = ", which looked on in pretraining," if purpose.purpose is Purpose.PRETRAINED else ""
+        return [f"its classifier of {checkpoint.num_classes} classes{looked_on} is left out", *([purpose.doubt] if purpose.doubt else [])]
     if place is None:
         return ["there is no classifier: fine-tune it" + (", the class list is not used" if class_names is not None else "")]
     notes = [f"the classifier is taken to sit after head layer {place.after} ({place.reason})"]
-    if place.is_guess:
-        notes.append("that is a guess: if its accuracy is poor, import it again and say another layer (classifier_after)")
+    if place.doubt:
+        notes.append(place.doubt)
     if place.after > kept_head_layers(checkpoint, place.after):
         notes.append("the head's last layer has no ReLU; it is multiplied into the classifier, which gives the same logits")
-    if purpose is Purpose.UNKNOWN and checkpoint.num_head_layers:
-        notes.append("nothing tells pretraining from fine-tuning here: both a classifier and a pretrained checkpoint are written")
+    if purpose.doubt:
+        notes.append(f"{purpose.doubt}: both a classifier and a pretrained checkpoint are written")
     if class_names is None:
         notes.append(f"no class list was given: the classes are called 0 to {(checkpoint.num_classes or 0) - 1}")
     return notes

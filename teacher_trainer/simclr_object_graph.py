@@ -4,6 +4,8 @@ Unit of data: one object graph (TrackableObjectGraph, tensorflow/core/protobuf/t
 checkpoint under one key: objects, the names by which they hold each other, their variables with the key of the tensor and the variable's
 full name. Keys cannot be trusted: a checkpoint's are paths (`model/resnet_model/block_groups/0/...`), a SavedModel's are positions
 (`model/resnet_model/variables/159`). The graph is the same in both. Where it does not show the model's parts, the full names do.
+
+A moving average (EMA) of the weights is a second model beside the first (`ema_model/...`), or an optimiser's slots called `average`.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from dataclasses import dataclass, field
 from distill.errors import CheckpointError
 from teacher_trainer.protobuf_wire import fields, messages, text
 from teacher_trainer.simclr_names import (
+    AVERAGES,
     COUNTERS,
     METRICS,
     OPTIMIZER,
@@ -31,6 +34,9 @@ from teacher_trainer.tensor_bundle import TensorBundle
 OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
 _VALUE = "/.ATTRIBUTES/VARIABLE_VALUE"
 _NORM_PARTS = ("gamma", "beta", "moving_mean", "moving_variance")
+_AVERAGE = re.compile(r"ema|average", re.IGNORECASE)
+"""In the name by which a moving average of the model is held."""
+_AVERAGE_SLOT = "average"
 _SELECTIVE_KERNEL = ("conv2d_fixed_padding", "batch_norm_relu", "conv2d_0", "batch_norm_relu_1", "conv2d_1")
 """Parts of the official SK_Conv2D, in the order of their creation."""
 
@@ -51,13 +57,43 @@ def read_tf2_names(bundle: TensorBundle, form: SimclrFormat) -> SimclrNames:
         CheckpointError: the object graph in the file is damaged.
     """
     objects = _read_objects(bundle) if OBJECT_GRAPH in bundle else _objects_of_keys(bundle.names())
-    keys = _structural_keys(objects) or _keys_by_full_name(objects)
-    found = SimclrNames(form, pooled_shortcut=_pooled_shortcut(objects))
+    plain, averaged = _apart(objects)
+    keys = _structural_keys(plain) or _keys_by_full_name(plain)
+    if not keys:  # an average alone: it is the network
+        plain, averaged = objects, []
+        keys = _structural_keys(plain) or _keys_by_full_name(plain)
+    found = SimclrNames(form, pooled_shortcut=_pooled_shortcut(plain))
     found.weights = {official: key for official, key in keys.items() if key in bundle}
     found.absent = sorted(key for key in keys.values() if key not in bundle)
+    copies = _structural_keys(averaged) or _keys_by_full_name(averaged)
+    found.averages = {official: key for official, key in copies.items() if official in keys and key in bundle}
     _read_slots(bundle.names(), objects, keys, found)
-    _sort_rest(bundle.names(), found)
+    _sort_rest(bundle.names(), found, {one.key for one in averaged})
     return found
+
+
+def _apart(objects: list[_Object]) -> tuple[list[_Object], list[_Object]]:
+    """The objects of the network and those of its average, each with blanks in the place of the others: average is what is reached only
+    by a name that says so."""
+    plain, averaged = _reached(objects, [0], _AVERAGE), set[int]()
+    for one in (objects[place] for place in plain):
+        averaged |= _reached(objects, [child for name, child in one.children.items() if _AVERAGE.search(name)]) - plain
+    blank = _Object()
+    return (
+        [blank if place in averaged else one for place, one in enumerate(objects)],
+        [one if place in averaged else blank for place, one in enumerate(objects)],
+    )
+
+
+def _reached(objects: list[_Object], starts: Sequence[int], but_by: re.Pattern[str] | None = None) -> set[int]:
+    """Places of the objects that can be reached from some, but not by names of a kind."""
+    reached, waiting = set[int](), list(starts)
+    while waiting:
+        place = waiting.pop()
+        if place < len(objects) and place not in reached:
+            reached.add(place)
+            waiting += [child for name, child in objects[place].children.items() if but_by is None or not but_by.search(name)]
+    return reached
 
 
 def _read_objects(bundle: TensorBundle) -> list[_Object]:
@@ -226,26 +262,36 @@ def _from_zero(official: str, named: dict[str, str]) -> str:
 
 
 def _read_slots(names: Sequence[str], objects: list[_Object], keys: dict[str, str], found: SimclrNames) -> None:
-    """Which variables have optimiser slots. Newer optimisers hold theirs in a list, where only the full name says of what they are."""
+    """Which variables have optimiser slots, and which of these are averages. Newer optimisers hold theirs in a list, where only the full
+    name says of what they are."""
     officials = {key: official for official, key in keys.items()}
     for name in names:
-        of, is_slot, _ = name.partition("/.OPTIMIZER_SLOT/")
+        of, is_slot, slot = name.removesuffix(_VALUE).partition("/.OPTIMIZER_SLOT/")
         if is_slot and of + _VALUE in officials:
-            found.slots.setdefault(officials[of + _VALUE], []).append(name)
+            _add_slot(found, officials[of + _VALUE], name, slot.split("/"))
     for one in objects:
         official = official_of_full_name(one.full_name) if one.key.startswith("optimizer/") else None
-        if official in keys and one.key in names:
-            found.slots.setdefault(official or "", []).append(one.key)
+        if official is not None and official in keys and one.key in names:
+            _add_slot(found, official, one.key, one.full_name.split("/"))
 
 
-def _sort_rest(names: Sequence[str], found: SimclrNames) -> None:
-    """Sort out every tensor that is no weight."""
-    weights = set(found.weights.values())
+def _add_slot(found: SimclrNames, official: str, name: str, named: Sequence[str]) -> None:
+    if _AVERAGE_SLOT in named:
+        found.averages.setdefault(official, name)
+    else:
+        found.slots.setdefault(official, []).append(name)
+
+
+def _sort_rest(names: Sequence[str], found: SimclrNames, of_average: set[str]) -> None:
+    """Sort out every tensor that is no weight; `of_average` are those that a moving average of the model holds."""
+    weights, averages = set(found.weights.values()), set(found.averages.values())
     for name in names:
         path = name.removesuffix(_VALUE)
         if name in weights or name == OBJECT_GRAPH:
             continue
-        if "/.OPTIMIZER_SLOT/" in path:
+        if name in averages:
+            found.ignore(AVERAGES)
+        elif "/.OPTIMIZER_SLOT/" in path:
             found.ignore(OPTIMIZER)
         elif path in ("global_step", "optimizer/iter", "optimizer/_iterations", "save_counter", "step"):
             found.ignore(COUNTERS)
@@ -255,5 +301,7 @@ def _sort_rest(names: Sequence[str], found: SimclrNames) -> None:
             found.ignore(OPTIMIZER)
         elif "/keras_api/metrics/" in path:
             found.ignore(METRICS)
+        elif name in of_average:
+            found.ignore(AVERAGES)
         else:
             found.unknown.append(name)

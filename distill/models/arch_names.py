@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 
+from distill.config import validate
 from distill.errors import ConfigError
 from distill.models.settings import DEPTHS, NetworkSettings
 
@@ -43,7 +44,9 @@ def parse_arch(text: str) -> NetworkSettings:
         )
     if not 0 < width <= 16 or (found["sk"] and not 0 < ratio <= 1):
         raise ConfigError(f"arch {text!r}: the width is above 0 and at most 16, the ratio of selective kernels above 0 and at most 1")
-    return NetworkSettings(depth=depth, width_multiplier=width, sk_ratio=ratio, stem="cifar" if found["cifar"] else "imagenet")
+    stem = "cifar" if found["cifar"] else "imagenet"
+    named = {"depth": depth, "width_multiplier": width, "sk_ratio": ratio, "stem": stem}
+    return validate(NetworkSettings, named, origin=f"arch {text!r}")
 
 
 def arch_name(network: NetworkSettings) -> str:

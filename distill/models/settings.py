@@ -25,7 +25,8 @@ class NetworkSettings(Section):
     """Layers of the ResNet: 18, 34, 50, 101, 152, 200 as in the paper; 10, 14, 26 are small ones. Those with bottleneck blocks
     (14, 26, 50 and deeper) can have selective kernels."""
     width_multiplier: float = Field(default=1.0, gt=0, le=16)
-    """All channel counts are multiplied by it; the paper uses 1, 2 and 3."""
+    """All channel counts are multiplied by it; the paper uses 1, 2 and 3. At least 1/64, or 1/32 with selective kernels under the ImageNet
+    stem: the narrowest layer needs a channel."""
     sk_ratio: float = Field(default=0.0, ge=0, le=1)
     """Squeezed width of selective kernels; 0 for none, the paper's is 0.0625."""
     stem: Literal["imagenet", "cifar"] = "imagenet"
@@ -47,4 +48,14 @@ class NetworkSettings(Section):
     def _known_name(self) -> Self:
         if self.name != "resnet" and not self.name.startswith("timm:") and not IMPORTED.fullmatch(self.name):
             raise ValueError("name is 'resnet', 'timm:NAME' or 'MODULE:FUNCTION'")
+        return self
+
+    @model_validator(mode="after")
+    def _no_layer_without_channels(self) -> Self:
+        narrowest = 32 if self.sk_ratio > 0 and self.stem == "imagenet" else 64  # channels at width 1, see `make_stem`
+        if self.name == "resnet" and self.width_multiplier * narrowest < 1:
+            raise ValueError(
+                f"width_multiplier {self.width_multiplier:g} leaves nothing of the {narrowest} channels of the narrowest layer; "
+                f"give at least 1/{narrowest} ({1 / narrowest:g})"
+            )
         return self

@@ -41,7 +41,7 @@ def read_weights(path: Path, use_ema: bool = False) -> dict[str, Tensor]:
         CheckpointError: the file is missing, of another kind, holds objects that only pickle could load, or not the weights asked for.
     """
     tree = _unwrapped(_load(path), path, use_ema)
-    if not isinstance(tree, dict) or not tree or not all(isinstance(value, Tensor) for value in tree.values()):
+    if not isinstance(tree, dict) or not tree or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in tree.items()):
         raise CheckpointError(f"{path} holds no mapping of names to tensors; save the network's state_dict() alone")
     return _without_prefixes(tree)
 
@@ -89,6 +89,8 @@ def _load(path: Path) -> Any:
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
         reason = " ".join(str(error).split())[:200] or "it ends too early"
         raise CheckpointError(f"weights {path} cannot be read: {reason}") from error
+    except Exception as error:  # foreign or cut bytes fail as a pickle in any way
+        raise CheckpointError(f"weights {path} cannot be read: no torch file, or a damaged one ({type(error).__name__})") from error
 
 
 def _unwrapped(tree: Any, path: Path, use_ema: bool) -> Any:

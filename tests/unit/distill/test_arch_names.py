@@ -45,6 +45,10 @@ def test_other_spellings_are_told_the_right_one(name: str) -> None:
         ("resnet50-x17", "at most 16"),
         ("resnet50-sk0", "ratio of selective kernels above 0"),
         ("resnet50-sk2", "at most 1"),
+        ("resnet50-x0.01-sk", r"width_multiplier 0\.01 leaves nothing of the 32 channels .* give at least 1/32 \(0\.03125\)"),
+        ("resnet50-x0.03-sk", "give at least 1/32"),
+        ("resnet50-x0.015", r"give at least 1/64 \(0\.015625\)"),
+        ("resnet50-x0.015-sk-cifar", "give at least 1/64"),
     ],
 )
 def test_numbers_out_of_range(name: str, said: str) -> None:

@@ -99,6 +99,19 @@ def pooled_average(image_HW: npt.NDArray[np.float64], stride: int) -> npt.NDArra
 SIDES = [(8, 8), (7, 7), (8, 7), (5, 6), (2, 2), (1, 1), (3, 1)]
 
 
+class TestNarrowest:
+    @pytest.mark.parametrize(("sk", "stem", "least"), [(0, "imagenet", 1 / 64), (0.0625, "cifar", 1 / 64), (0.0625, "imagenet", 1 / 32)])
+    def test_every_layer_has_a_channel(self, sk: float, stem: str, least: float) -> None:
+        fields = {"depth": 50, "sk_ratio": sk, "stem": stem}
+        backbone = build_backbone(validate(NetworkSettings, {**fields, "width_multiplier": least}, "test")).eval()
+        assert backbone(torch.rand(1, 3, 32, 32)).shape == (1, backbone.feature_dim)
+        with pytest.raises(ConfigError, match=rf"give at least 1/{1 / least:g} \({least:g}\)"):
+            validate(NetworkSettings, {**fields, "width_multiplier": least * 0.999}, "test")
+
+    def test_the_width_is_of_our_resnets(self) -> None:
+        assert NetworkSettings(name="timm:resnet18", width_multiplier=0.001).width_multiplier == 0.001
+
+
 class TestBorders:
     @pytest.mark.parametrize("sides", SIDES, ids=str)
     def test_max_pool(self, sides: tuple[int, int]) -> None:

@@ -92,6 +92,7 @@ class TestWeightsFiles:
             ([torch.ones(1)], "no mapping of names to tensors"),
             ({}, "no mapping of names to tensors"),
             ({"a": 1.0}, "no mapping of names to tensors"),
+            ({0: torch.ones(1)}, "no mapping of names to tensors"),
         ],
     )
     def test_no_pickle_and_nothing_but_tensors(self, tmp_path: Path, tree: Any, said: str) -> None:
@@ -113,6 +114,18 @@ class TestWeightsFiles:
                 read_weights(tmp_path / name)
         with pytest.raises(CheckpointError, match="do not exist"):
             read_weights(tmp_path / "absent.pth")
+
+    @pytest.mark.parametrize("zipped", [True, False])
+    def test_a_file_cut_anywhere(self, tmp_path: Path, zipped: bool) -> None:
+        """The older format of torch is a bare pickle, which fails in many ways; so does a text that is taken for one."""
+        path = tmp_path / "w.pth"
+        torch.save(PLAIN, path, _use_new_zipfile_serialization=zipped)
+        whole = path.read_bytes()
+        for content in (b"epoch 3: accuracy 0.9", *(whole[:size] for size in range(0, len(whole), 7))):
+            path.write_bytes(content)
+            with pytest.raises(CheckpointError, match=r"w\.pth (cannot be read: .|holds more than tensors)") as caught:
+                read_weights(path)
+            assert "\n" not in str(caught.value)
 
     def test_old_files_have_no_counters(self) -> None:
         network = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))

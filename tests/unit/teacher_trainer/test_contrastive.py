@@ -88,6 +88,20 @@ class TestMemory:
         for x, y in zip(mine, theirs, strict=True):
             torch.testing.assert_close(x.grad, y.grad, rtol=1e-9, atol=1e-12)
 
+    def test_own_views_in_the_memory_are_no_negatives(self) -> None:
+        """The loss of each image is that of a loop in which its own rows are not there."""
+        first, second = embeddings(3, 5, seed=3)
+        memory_MD = unit_length(torch.randn(4, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+        own_BM = torch.tensor([[True, False, True, False], [False] * 4, [False, True, False, False]])
+        views, total = unit_length(torch.cat([first, second])), torch.zeros((), dtype=torch.float64)
+        for view in range(6):
+            others = [views[other] for other in range(6) if other != view] + list(memory_MD[~own_BM[view % 3]])
+            similarities = torch.stack([views[view] @ other for other in others]) / 0.5
+            total += torch.logsumexp(similarities, 0) - views[view] @ views[(view + 3) % 6] / 0.5
+        outcome = nt_xent(first, second, 0.5, memory_MD=memory_MD, own_BM=own_BM)
+        torch.testing.assert_close(outcome.loss, total / 3, rtol=1e-10, atol=1e-10)
+        assert torch.isfinite(outcome.entropy)
+
     def test_one_image_against_the_memory(self) -> None:
         """Partner at cosine 1, one memory row at 0, and the view itself left out: loss 2 log(1 + 1/e)."""
         first = torch.tensor([[1.0, 0.0]], dtype=torch.float64)

@@ -18,6 +18,9 @@ def rows(count: int, seed: int) -> Tensor:
     return torch.randn(count, 3, generator=torch.Generator().manual_seed(seed))
 
 
+NOWHERE = torch.tensor([[0, 0]])
+
+
 def as_set(negatives: Tensor | None) -> set[tuple[float, ...]]:
     return set() if negatives is None else {tuple(row) for row in negatives.tolist()}
 
@@ -29,7 +32,7 @@ class TestQueue:
         assert memory.negatives is None
         said: list[Tensor] = []
         for step in range(9):
-            memory.keep(rows(4, step))
+            memory.keep(rows(4, step), NOWHERE)
             said += [row / row.norm() for row in rows(4, step)]
             assert memory.negatives is not None
             assert len(memory.negatives) == min(10, len(said))
@@ -38,17 +41,29 @@ class TestQueue:
 
     def test_a_step_as_long_as_the_queue(self) -> None:
         memory = memory_of(4)
-        memory.keep(rows(4, 0))
-        memory.keep(rows(4, 1))
+        memory.keep(rows(4, 0), NOWHERE)
+        memory.keep(rows(4, 1), NOWHERE)
         other = memory_of(4)
-        other.keep(rows(4, 1))
+        other.keep(rows(4, 1), NOWHERE)
         assert as_set(memory.negatives) == as_set(other.negatives)
 
     def test_no_gradient_goes_into_it(self) -> None:
         memory = memory_of(8)
-        memory.keep(rows(4, 0).requires_grad_())
+        memory.keep(rows(4, 0).requires_grad_(), NOWHERE)
         assert memory.negatives is not None
         assert not memory.negatives.requires_grad
+
+    def test_it_knows_of_which_image_each_row_is(self) -> None:
+        """Steps of two images, both views of each, through a queue of 5; as a list: what was kept last in each place."""
+        memory, places = memory_of(5), [(-1, -1)] * 5
+        steps = [[(0, 1), (1, 0)], [(2, 7), (0, 1)], [(1, 1), (2, 7)], [(0, 0), (1, 0)]]
+        for step, images in enumerate(steps):
+            memory.keep(rows(4, step), torch.tensor(images * 2))
+            for number, image in enumerate(images * 2):
+                places[(4 * step + number) % 5] = image
+            asked = [(0, 1), (2, 7), (7, 2), (1, 0)]
+            filled = places[: min(5, 4 * step + 4)]
+            assert memory.are_of(torch.tensor(asked)).tolist() == [[image == one for image in filled] for one in asked]
 
 
 class TestAverage:
@@ -77,14 +92,24 @@ class TestAverage:
 def test_goes_on_where_it_was() -> None:
     first, network = memory_of(10), nn.Linear(2, 3)
     first.follow(network)
-    first.keep(rows(7, 0))
+    first.keep(rows(7, 0), NOWHERE)
     second = memory_of(10)
     second.load_state_dict(first.state_dict())
     for memory in (first, second):
         memory.follow(network)
-        memory.keep(rows(7, 1))
+        memory.keep(rows(7, 1), NOWHERE)
     assert first.negatives is not None
     assert second.negatives is not None
     assert torch.equal(first.negatives, second.negatives)
+    assert first.are_of(NOWHERE).all()
+    assert second.are_of(NOWHERE).all()
     for own, other in zip(first.network.parameters(), second.network.parameters(), strict=True):
         assert torch.equal(own, other)
+
+
+def test_a_checkpoint_that_does_not_say_the_images() -> None:
+    first, second = memory_of(10), memory_of(10)
+    first.keep(rows(7, 0), NOWHERE)
+    second.load_state_dict({name: value for name, value in first.state_dict().items() if name != "images"})
+    assert second.are_of(NOWHERE).shape == (1, 7)
+    assert not second.are_of(NOWHERE).any()

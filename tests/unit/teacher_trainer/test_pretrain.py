@@ -18,7 +18,7 @@ from distill.errors import ConfigError
 from distill.image_sets import open_unlabelled
 from distill.loader import CropBatch
 from teacher_trainer import pretrain as module
-from teacher_trainer.contrastive import BatchParts
+from teacher_trainer.contrastive import BatchParts, ContrastiveOutcome, nt_xent
 from teacher_trainer.contrastive_network import ContrastiveNetwork
 from teacher_trainer.pretrain import pretrain_result, pretrain_worker
 from teacher_trainer.pretrain_job import PretrainJob, check_job
@@ -253,6 +253,22 @@ class TestTraining:
         assert with_memory[1]["loss"] > without[1]["loss"]
         assert with_memory[1]["entropy"] > without[1]["entropy"]
 
+    def test_no_image_is_a_negative_of_itself(self, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """In the third step the queue holds both views of the 16 images of the first epoch, which left two out."""
+        told: list[torch.Tensor] = []
+
+        def heard(*given: Any) -> ContrastiveOutcome:
+            told.append(given[-1])
+            return nt_xent(*given)
+
+        monkeypatch.setattr("teacher_trainer.contrastive_step.nt_xent", heard)
+        run(images, tmp_path, SETTINGS.replace(memory={"size": 36}))
+        assert [own_BM.shape for own_BM in told] == [(8, 0), (8, 16), (8, 32), (8, 36)]
+        assert not told[1].any()
+        counts = told[2].sum(dim=1)
+        assert set(counts.tolist()) <= {0, 2}
+        assert (counts == 2).sum() >= 6
+
     def test_the_memory_is_an_average_of_the_network(self, images: Path, tmp_path: Path) -> None:
         run(images, tmp_path, MEMORY)
         found = load_checkpoint(tmp_path / "checkpoint")
@@ -260,6 +276,10 @@ class TestTraining:
         memory = found.state["memory"]
         assert (memory["next"], memory["filled"]) == (4 * 16 % 20, 20)
         torch.testing.assert_close(memory["queue"].norm(dim=1), torch.ones(20))
+        last_step = memory["images"].roll(-8, dims=0)[:16].tolist()  # first views, then second ones
+        assert last_step[:8] == last_step[8:]
+        assert len({(shard, row) for shard, row in last_step}) == 8
+        assert all(row < 7 and 7 * shard + row < 18 for shard, row in last_step)
         torch.manual_seed(1)
         start = dict(ContrastiveNetwork(MEMORY, data_of(images)).named_parameters())
         way = {name: (memory["network"][name] - p).norm() / (found.weights[name] - p).norm() for name, p in start.items()}
@@ -298,7 +318,7 @@ class TestRefused:
             check_job(SETTINGS, open_unlabelled(data_of(images)), world=9)
         check_job(SETTINGS, open_unlabelled(data_of(images)), world=8)
 
-    def test_a_queue_in_which_an_image_meets_itself(self, images: Path, tmp_path: Path) -> None:
+    def test_a_queue_longer_than_an_epoch(self, images: Path, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"memory\.size 37 is more than the 36 views of one epoch"):
             run(images, tmp_path, SETTINGS.replace(memory={"size": 37}))
 

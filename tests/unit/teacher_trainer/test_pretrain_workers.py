@@ -133,6 +133,10 @@ class TestTraining:
         assert repr(cut.state) == repr(straight.state)
         if name == "queue":
             assert torch.equal(cut.state["memory"]["queue"], straight.state["memory"]["queue"])
+            assert torch.equal(cut.state["memory"]["images"], straight.state["memory"]["images"])
+            alone = load_checkpoint(left / f"{name}-alone" / "checkpoint").state
+            assert alone is not None
+            assert sorted(alone["memory"]["images"].tolist()) == sorted(cut.state["memory"]["images"].tolist())
 
 
 def test_the_bad_image_was_met(left: Path) -> None:

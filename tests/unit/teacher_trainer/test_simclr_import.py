@@ -325,6 +325,69 @@ def test_averages_with_a_suffix(tf: Any, tmp_path: Path) -> None:
     assert found.ignored == {"weights before averaging": len(averaged)}
 
 
+def tf2_with_second_root(tf: Any, official: Any, root: str, second_first: bool, left_out: str = "-") -> dict[str, Any]:
+    """A `tf.train.Checkpoint` of the network plus 1, with the network itself held by a second root."""
+    of = {one.path: (one.full_name, one.value + 1) for one in official.variables}
+    copies = {one.path.replace("model", root, 1): (one.full_name, one.value) for one in official.variables if left_out not in one.path}
+    variables = {**copies, **of} if second_first else {**of, **copies}
+    tensors = {f"{path}/.ATTRIBUTES/VARIABLE_VALUE": value for path, (_, value) in variables.items()}
+    names = {path: full_name for path, (full_name, _) in variables.items()}
+    return tensors | {
+        "_CHECKPOINTABLE_OBJECT_GRAPH": tf.object_graph({path: f"{path}/.ATTRIBUTES/VARIABLE_VALUE" for path in names}, names)
+    }
+
+
+@pytest.mark.parametrize(("root", "second_first"), [("ema_model", True), ("ema_model", False), ("model_ema", False), ("EMA", True)])
+@pytest.mark.parametrize("with_graph", [True, False])
+@pytest.mark.parametrize("name", ["18", "50 sk cifar"])
+def test_tf2_averages_in_a_second_model(tf: Any, tmp_path: Path, name: str, root: str, second_first: bool, with_graph: bool) -> None:
+    official = tf.network(**TF2_NETWORKS[name])
+    tensors = tf2_with_second_root(tf, official, root, second_first)
+    if not with_graph:
+        del tensors["_CHECKPOINTABLE_OBJECT_GRAPH"]
+    tf.write_bundle(tmp_path / "ckpt-7", tensors)
+    averaged = import_into(tmp_path / "ckpt-7", tmp_path / "ema", use_ema=True, classifier_after=official.classifier_after)
+    check_same(official, tmp_path / "ema", averaged)
+    assert averaged.ignored == {"weights before averaging": len(official.variables)}
+    plain = import_into(tmp_path / "ckpt-7", tmp_path / "plain", classifier_after=official.classifier_after)
+    assert plain.ignored == {"EMA copies": len(official.variables)}
+    ours = load_checkpoint(tmp_path / "plain" / "checkpoint").weights
+    torch.testing.assert_close(ours["body.linear.bias"], official.linear.bias + 1)
+
+
+def test_tf2_averages_of_a_momentum_encoder(tf: Any, tmp_path: Path) -> None:
+    official = tf.network(depth=18, classifier_after=0)
+    tf.write_bundle(tmp_path / "ckpt-7", tf2_with_second_root(tf, official, "ema_model", True, left_out="supervised_head"))
+    found = import_into(tmp_path / "ckpt-7", tmp_path / "out", use_ema=True)
+    assert (found.kind, found.taken) == ("pretrained", "pretrained")
+    check_pretrained(official, tmp_path / "out", offset=0)
+
+
+def test_an_average_alone_is_the_network(tf: Any, tmp_path: Path) -> None:
+    official = tf.network(depth=18)
+    tensors = tf2_with_second_root(tf, official, "ema_model", True)
+    del tensors["_CHECKPOINTABLE_OBJECT_GRAPH"]
+    tf.write_bundle(tmp_path / "ckpt-7", {name: value for name, value in tensors.items() if not name.startswith("model/")})
+    found = import_into(tmp_path / "ckpt-7", tmp_path / "out", classifier_after=1)
+    check_same(official, tmp_path / "out", found)
+
+
+def test_tf2_averages_as_slots(tf: Any, tmp_path: Path) -> None:
+    """As MovingAverage of TensorFlow Addons keeps them: of what was trained, here the backbone, one head layer, and the classifier."""
+    official = tf.network(depth=18)
+    trained = [one for one in official.variables if "moving" not in one.path and "nl_1" not in one.tf1 and "nl_2" not in one.tf1]
+    tensors = tf.tf2_tensors(official, slots=lambda path: path in [one.path for one in trained])
+    for one in trained:
+        tensors[f"{one.path}/.OPTIMIZER_SLOT/optimizer/average/.ATTRIBUTES/VARIABLE_VALUE"] = one.value
+        tensors[f"{one.path}/.ATTRIBUTES/VARIABLE_VALUE"] = one.value + 1
+    tf.write_bundle(tmp_path / "ckpt-7", tensors)
+    found = import_into(tmp_path / "ckpt-7", tmp_path / "ema", use_ema=True)
+    check_same(official, tmp_path / "ema", found)
+    assert found.ignored["weights before averaging"] == found.ignored["optimiser slots"] == len(trained)
+    assert (found.kind, found.classifier_after) == ("fine-tuned", 1)
+    assert import_into(tmp_path / "ckpt-7", tmp_path / "plain").ignored["EMA copies"] == len(trained)
+
+
 def test_averages_that_are_not_there(tf: Any, tmp_path: Path) -> None:
     official = tf.network(depth=18)
     tf.write_bundle(tmp_path / "m", official.tf1())
@@ -340,20 +403,30 @@ def place_of(path: Path, tmp_path: Path) -> tuple[str, int | None, bool]:
     return found.kind, found.classifier_after, "that is a guess" in found.describe()
 
 
-@pytest.mark.parametrize(
-    ("step", "expected"),
-    [(751, 1), (3754, 1), (37_535, 0), (28_151, 0)],
-)
-def test_the_step_names_the_published_runs(tf: Any, tmp_path: Path, step: int, expected: int) -> None:
-    tensors = with_slots(tf.network(depth=18).tf1(), lambda name: "head_contrastive" not in name)  # TF1 trains no head layer
+@pytest.mark.parametrize(("step", "expected"), [(751, 1), (3754, 1), (37_535, 0), (28_151, 0)])
+@pytest.mark.parametrize("num_classes", [1000, 5])
+def test_the_step_names_the_published_runs(tf: Any, tmp_path: Path, step: int, expected: int, num_classes: int) -> None:
+    """They have the 1000 classes of ImageNet; of another run the step is a guess."""
+    official = tf.network(depth=18, num_classes=num_classes)
+    tensors = with_slots(official.tf1(), lambda name: "head_contrastive" not in name)  # TF1 trains no head layer
     tf.write_bundle(tmp_path / "m", tensors | {"global_step": np.array(step)})
-    assert place_of(tmp_path / "m", tmp_path) == ("fine-tuned", expected, False)
+    assert place_of(tmp_path / "m", tmp_path) == ("fine-tuned", expected, num_classes != 1000)
 
 
 def test_a_guess_is_called_one(tf: Any, tmp_path: Path) -> None:
     tf.write_bundle(tmp_path / "m", tf.network(depth=18).tf1() | {"global_step": np.array(999)})
-    assert place_of(tmp_path / "m", tmp_path) == ("fine-tuned", 0, True)
+    assert place_of(tmp_path / "m", tmp_path) == ("unknown", 0, True)
     assert (tmp_path / "out" / "pretrained").is_dir()  # nothing tells that it is not one
+    said = import_into(tmp_path / "m", tmp_path / "again").describe()
+    assert said.startswith("pretrained or fine-tuned SimCLR network (tf1, step 999)")
+    assert "nothing tells pretraining from fine-tuning here: both" in said
+
+
+def named(tf: Any, tmp_path: Path, path: str, step: int = 999, **network: Any) -> Path:
+    """A checkpoint that says nothing but by its name; the numbers of pytest's own folders are out of sight."""
+    prefix = tmp_path / "a" / "b" / "c" / path
+    tf.write_bundle(prefix, tf.network(depth=18, **network).tf1() | {"global_step": np.array(step)})
+    return prefix
 
 
 @pytest.mark.parametrize(
@@ -364,13 +437,72 @@ def test_a_guess_is_called_one(tf: Any, tmp_path: Path) -> None:
         ("finetuned_100pct/r50_1x_sk0", 0),
         ("supervised/r50_1x_sk0", 0),
         ("runs/tf2_r18_ft1", 1),
-        ("draft1/r50", 0),
+        ("runs/tf2_r18_sk0_ft2", 2),
+        ("runs/r18_ft-1", 3),
+        ("10pct/ft0", 0),
+        ("runs/ft100pct", 0),
     ],
 )
 def test_the_names_of_the_published_folders_are_a_better_guess(tf: Any, tmp_path: Path, folder: str, after: int) -> None:
-    (tmp_path / folder).mkdir(parents=True)
-    tf.write_bundle(tmp_path / folder / "model.ckpt-999", tf.network(depth=18).tf1() | {"global_step": np.array(999)})
-    assert place_of(tmp_path / folder, tmp_path) == ("fine-tuned", after, True)
+    prefix = named(tf, tmp_path, f"{folder}/model.ckpt-999", embedding_dim=32)
+    assert place_of(prefix, tmp_path) == ("fine-tuned", after, True)
+    assert (tmp_path / "out" / "pretrained").is_dir()  # it is but a guess
+
+
+@pytest.mark.parametrize("folder", ["draft1/r50", "r50/unsupervised", "self_supervised/r50", "pretrained_models/r50", "nonpretrained/r50"])
+def test_names_that_say_nothing(tf: Any, tmp_path: Path, folder: str) -> None:
+    assert place_of(named(tf, tmp_path, f"{folder}/model.ckpt-999"), tmp_path) == ("unknown", 0, True)
+
+
+@pytest.mark.parametrize(
+    ("path", "step", "after", "is_guess"),
+    [
+        ("tf2_r18_sk0_ft0/ckpt-3754", 3754, 0, True),
+        ("tf2_r18_sk0_ft2/ckpt-3754", 3754, 2, True),
+        ("tf2_r18_sk0_ft2/ckpt-751", 751, 2, True),
+        ("finetuned_100pct/r18/model.ckpt-751", 751, 0, True),
+        ("r18_ft1/ckpt-3754", 3754, 1, False),
+        ("finetuned_1pct/r18/model.ckpt-751", 751, 1, False),
+        ("finetuned/r18/ckpt-751", 751, 1, True),
+    ],
+)
+def test_where_names_and_step_disagree_the_names_are_believed(
+    tf: Any, tmp_path: Path, path: str, step: int, after: int, is_guess: bool
+) -> None:
+    assert place_of(named(tf, tmp_path, path, step), tmp_path) == ("fine-tuned", after, is_guess)
+
+
+@pytest.mark.parametrize("path", ["pretrained/r18_1x_sk0/model.ckpt-1000", "tf1_r18_sk0_pretrain/ckpt-20", "runs/r18_pretrained.ckpt-20"])
+def test_the_name_tells_pretraining_where_nothing_else_does(tf: Any, tmp_path: Path, path: str) -> None:
+    found = import_into(named(tf, tmp_path, path, 1000, classifier_after=0), tmp_path / "out")
+    assert (found.kind, found.taken, found.classifier_after) == ("pretrained", "pretrained", 0)
+    assert "tells pretraining from fine-tuning here, so that is a guess: both" in found.describe()
+    assert load_classifier(tmp_path / "out" / "checkpoint").card.origin["looked_on"] is True
+    own = import_into(named(tf, tmp_path, path, 1000), tmp_path / "own", class_names=["a", "b"])
+    assert "so that is a guess" in own.describe()
+    tuned = import_into(named(tf, tmp_path, path, 751), tmp_path / "tuned")
+    assert (tuned.kind, tuned.classifier_after) == ("fine-tuned", 1)  # the step of a published run is said in the file
+
+
+@pytest.mark.parametrize(
+    ("path", "missing"),
+    [
+        ("finetuned_1pct/r18/hub/751", "by step 751: fine-tuned with 1 % of the labels, it was trained on head layer 1"),
+        ("r18/hub/3754", "by step 3754: fine-tuned with 10 % of the labels, it was trained on head layer 1"),
+        ("finetuned_10pct/r18/hub", "by the name finetuned_10pct, it was trained on head layer 1"),
+        ("finetuned_100pct/r18/hub/37535", ""),
+        ("supervised/r18/hub", ""),
+    ],
+)
+def test_a_hub_module_lacks_the_head_on_which_its_classifier_was_trained(tf: Any, tmp_path: Path, path: str, missing: str) -> None:
+    folder = tmp_path / path
+    tf.write_bundle(folder / "variables" / "variables", tf.network(depth=18, num_head_layers=0, classifier_after=0).tf1())
+    (folder / "saved_model.pb").write_bytes(b"")
+    found = import_into(folder, tmp_path / "out")
+    assert (found.kind, found.classifier_after) == ("fine-tuned", 0)
+    assert missing in found.describe()
+    assert ("import the training checkpoint" in found.describe()) == bool(missing)
+    assert "training checkpoint" not in import_into(folder, tmp_path / "said", classifier_after=0).describe()
 
 
 @pytest.mark.parametrize(
@@ -388,7 +520,18 @@ def test_tf2_slots_tell_what_was_trained(tf: Any, tmp_path: Path, trained: Calla
     assert place_of(tmp_path / "ckpt-3754", tmp_path) == expected
 
 
-def test_slots_in_which_nothing_has_arrived(tf: Any, tmp_path: Path) -> None:
+def test_slots_of_everything_where_the_output_fits_too(tf: Any, tmp_path: Path) -> None:
+    official = tf.network(depth=18, embedding_dim=32, classifier_after=3)
+    tf.write_bundle(tmp_path / "ckpt-7", tf.tf2_tensors(official, slots=lambda path: True))
+    found = import_into(tmp_path / "ckpt-7", tmp_path / "out")
+    assert (found.kind, found.classifier_after) == ("pretrained", 0)
+    assert "fine-tuning from the head's output (classifier_after -1, take: classifier) would have left the same slots" in found.describe()
+    other = import_into(tmp_path / "ckpt-7", tmp_path / "other", classifier_after=-1, take="classifier")
+    check_same(official, tmp_path / "other", other)
+
+
+@pytest.mark.parametrize("use_ema", [False, True])
+def test_slots_in_which_nothing_has_arrived(tf: Any, tmp_path: Path, use_ema: bool) -> None:
     official = tf.network(depth=18)
     tensors, names, keys = tf.tf2_tensors(official), {}, {}
     trained = [one for one in official.variables if "moving" not in one.path]
@@ -397,11 +540,18 @@ def test_slots_in_which_nothing_has_arrived(tf: Any, tmp_path: Path) -> None:
         arrived = "nl_1" not in one.full_name and "nl_2" not in one.full_name
         tensors[f"{path}/.ATTRIBUTES/VARIABLE_VALUE"] = np.full_like(one.value, 0.1 if arrived else 0)
         names[path], keys[path] = f"SGD/m/{one.full_name}", f"{path}/.ATTRIBUTES/VARIABLE_VALUE"
+        if use_ema:
+            path = f"optimizer/_variables/{number + len(trained)}"
+            tensors[f"{path}/.ATTRIBUTES/VARIABLE_VALUE"] = one.value
+            tensors[f"{one.path}/.ATTRIBUTES/VARIABLE_VALUE"] = one.value + 1
+            names[path], keys[path] = f"SGD/average/{one.full_name}", f"{path}/.ATTRIBUTES/VARIABLE_VALUE"
     for one in official.variables:
         names[one.path], keys[one.path] = one.full_name, f"{one.path}/.ATTRIBUTES/VARIABLE_VALUE"
     tensors["_CHECKPOINTABLE_OBJECT_GRAPH"] = tf.object_graph(keys, names)
     tf.write_bundle(tmp_path / "ckpt-2", tensors)
     assert place_of(tmp_path / "ckpt-2", tmp_path) == ("fine-tuned", 1, False)
+    if use_ema:
+        check_same(official, tmp_path / "ema", import_into(tmp_path / "ckpt-2", tmp_path / "ema", use_ema=True))
 
 
 def test_averages_do_not_make_it_pretraining(tf: Any, tmp_path: Path) -> None:
@@ -409,7 +559,7 @@ def test_averages_do_not_make_it_pretraining(tf: Any, tmp_path: Path) -> None:
     averages = {f"{name}/ExponentialMovingAverage": value for name, value in tensors.items()}
     slots = with_slots(tensors, lambda name: "head_contrastive" not in name)
     tf.write_bundle(tmp_path / "m", averages | slots | {"global_step": np.array(751)})
-    assert place_of(tmp_path / "m", tmp_path) == ("fine-tuned", 1, False)
+    assert place_of(tmp_path / "m", tmp_path) == ("fine-tuned", 1, True)
     tf.write_bundle(tmp_path / "m", tensors | {f"ema_model/{name}": value for name, value in tensors.items()})
     assert place_of(tmp_path / "m", tmp_path) == ("pretrained", 0, False)
 
@@ -422,7 +572,7 @@ def test_flags_of_the_run_tell(tf: Any, tmp_path: Path) -> None:
     flags.write_text(json.dumps({"train_mode": "pretrain", "ft_proj_selector": 0}))
     assert place_of(tmp_path / "run", tmp_path) == ("pretrained", 0, False)
     flags.write_text("{")
-    assert place_of(tmp_path / "run", tmp_path) == ("fine-tuned", 1, False)
+    assert place_of(tmp_path / "run", tmp_path) == ("fine-tuned", 1, True)
 
 
 def computation(layers: int, stop: bool) -> list[tuple[str, str, tuple[str, ...]]]:
@@ -601,6 +751,12 @@ def test_widths_that_no_ratio_gives(tf: Any, tmp_path: Path) -> None:
     assert "no sk_ratio gives the squeezed widths of its selective kernels (32 of 8, 32 of 16, 32 of 32, 40 of 64, 51 of 64)" in refused(
         tf, tmp_path, tensors
     )
+
+
+def test_a_width_that_leaves_the_first_group_nothing(tf: Any, tmp_path: Path) -> None:
+    tensors = tf.network(depth=18).tf1()
+    tensors["base_model/conv2d_20/kernel"] = np.zeros((3, 3, 4, 4), np.float32)
+    assert "give at least 1/64" in refused(tf, tmp_path, tensors)
 
 
 def test_class_lists(tf: Any, tmp_path: Path) -> None:
