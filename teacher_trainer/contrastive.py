@@ -57,9 +57,10 @@ class ContrastiveOutcome:
     loss: Tensor
     """Sum of both views' mean losses in nats, as in the official code (twice the per-view mean)."""
     accuracy: Tensor
-    """Share of views whose nearest other view is their partner."""
+    """Share of views whose nearest of all others is their partner. The official code's looks from the first views, and at second views
+    only, so it is higher."""
     entropy: Tensor
-    """Mean entropy, in nats, of the softmax over the other views."""
+    """Mean entropy, in nats, of the softmax over all others; the official code's is over the second views."""
 
 
 def nt_xent(
