@@ -141,8 +141,13 @@ def test_two_labelling_jobs_at_once_of_which_one_is_killed(
             assert all(all_units.take(view, shard) for shard in range(2))
         processes = [line.start("label") for line in (one, two)]
         try:
-            for line, process in zip((one, two), processes, strict=True):
-                wait_until(lambda line=line: any("LabelUnits" in command for command in line.processes().values()), process)
+            at_work: set[str] = set()  # the actors come, find all units taken, and go; others follow while the job waits
+
+            def both_at_work() -> bool:
+                at_work.update(line.mark for line in (one, two) if any("LabelUnits" in command for command in line.processes().values()))
+                return len(at_work) == 2
+
+            wait_until(both_at_work, processes[0])
             all_units.close()
             wait_until(lambda: claimants(store) & two.processes().keys(), processes[1])
         finally:
