@@ -57,7 +57,8 @@ class DataSettings(Section):
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
     """Standard deviation of R, G, B on the scale 0 to 1, divided by in every network's first layer. SimCLRv2 uses 1."""
     max_rejected_share: float = Field(default=0.01, ge=0, le=1)
-    """Share of unusable images up to which a job goes on. Each is listed in `rejected.jsonl`."""
+    """Share of unusable images up to which a job goes on; while it has not tried all, it stops only when the share is above this by more
+    than chance. Each is listed in `rejected.jsonl`."""
     window_shards: int = Field(default=4, ge=1)
     """Shards whose images are shuffled together; also what is held in memory."""
     num_threads: int = Field(default=2, ge=1)

@@ -32,16 +32,13 @@ def evaluation_batches(source: Source, data: DataSettings, rejections: Rejection
 def evaluate_on(
     predict: Callable[[npt.NDArray[np.uint8]], FloatArray], source: Source, data: DataSettings, rejections: RejectionLog
 ) -> tuple[FloatArray, IntArray]:
-    """(logits float32 [N,K], labels int64 [N]) of the source's images, `predict` being uint8 crops [B,H,W,3] -> logits [B,K].
-
-    Raises:
-        SourceError: images without labels.
-    """
+    """(logits float32 [N,K], labels int64 [N], `UNLABELLED` where there is none) of the source's images; `predict` is uint8 crops
+    [B,H,W,3] -> logits [B,K]."""
     logits, labels = [], []
     for batch in evaluation_batches(source, data, rejections):
         logits.append(predict(batch.crops_VBHWC[0]))
         labels.append(batch.labels_B)
-    return np.concatenate(logits), require_labels(np.concatenate(labels), data)
+    return np.concatenate(logits), np.concatenate(labels)
 
 
 def require_labels(labels_N: IntArray, data: DataSettings) -> IntArray:

@@ -40,9 +40,9 @@ def _open(images: ImagesSettings, class_names: tuple[str, ...] | None) -> Source
     )
 
 
-def has_labels(source: Source) -> bool:
-    """Whether every image of the first shard has a label; no more is read."""
-    return all(label is not None for _, label in source.read_labels(0))
+def has_labels(source: Source, num_shards: int | None = None) -> bool:
+    """Whether every image of the first so many shards, or of all, has a label."""
+    return all(label is not None for shard in range(len(source.shards))[:num_shards] for _, label in source.read_labels(shard))
 
 
 class ChosenImages:

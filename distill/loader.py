@@ -110,6 +110,7 @@ class CropLoader:
         self._plain = CropCache(settings.mixing_cache_bytes if recipe.mixing.mixes else 0)
         self._shards = _ShardCache(source, 2 * settings.window_shards, self._plain)
         self._crops_of_pass: int | None = None
+        self._seen = rejections.begin(source)
 
     def plan(self, epoch: int) -> EpochPlan:
         """The plan of the pass over the images that an epoch belongs to; its own, but for `crops_per_decode`."""
@@ -177,7 +178,7 @@ class CropLoader:
         return self._make(epoch, step, views, rows, self._shards.hold(rows))
 
     def _make(self, epoch: int, step: int, views: tuple[int, ...], rows: Rows, shards: dict[int, _Shard]) -> CropBatch:
-        self.rejections.saw_rows(self.source, rows)
+        self.rejections.saw(self._seen, rows)
         size = self.recipe.image_size
         crops_VBHWC = np.empty((len(views), len(rows), size, size, 3), dtype=np.uint8)
         kept: list[int] = []

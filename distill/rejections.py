@@ -26,6 +26,22 @@ from distill.plan import Rows
 from distill.sources.records import Source
 
 
+class SeenImages:
+    """Which images of one source were tried: a bit each, and eight bytes a shard."""
+
+    def __init__(self, source: Source) -> None:
+        sizes = np.fromiter((shard.num_records for shard in source.shards), dtype=np.int64, count=len(source.shards))
+        self._begins = np.cumsum(sizes) - sizes
+        self._bits = np.zeros((source.num_images + 7) // 8, dtype=np.uint8)
+
+    def add(self, rows: Rows) -> int:
+        """Note the images at `rows`, int64 [N,2] (shard, row), no image twice; returns how many are new."""
+        at = self._begins[rows[:, 0]] + rows[:, 1]
+        new = at[self._bits[at >> 3] >> (at & 7) & 1 == 0]
+        np.bitwise_or.at(self._bits, new >> 3, (1 << (new & 7)).astype(np.uint8))
+        return len(new)
+
+
 class RejectionLog:
     """Counts and lists bad images. Safe to use from several threads.
 
@@ -47,35 +63,27 @@ class RejectionLog:
         self._num_seen = 0
         self._num_images = 0
         """Images of all sources that were begun."""
-        self._seen_rows: dict[tuple[str, ...], dict[int, bytearray]] = {}
-        """Source -> shard -> one bit a row."""
+        self._seen: dict[str, SeenImages] = {}
+        """Digest of a source -> its images."""
         self._listed: set[bytes] = set()
         """Eight bytes for each image refused: of a billion images a share may be many, and their ids would be held for the whole run."""
         self._reasons: Counter[str] = Counter()
         self._file: int | None = None
         self._lock = Lock()
 
-    def saw(self, num_images: int = 1) -> None:
-        """So many more images were tried, the refused ones among them, and they are all there are."""
+    def begin(self, source: Source) -> SeenImages:
+        """Which images of a source were tried; the same for all who begin the same images."""
+        name = source.digest()
         with self._lock:
-            self._num_seen += num_images
-            self._num_images += num_images
-
-    def saw_rows(self, source: Source, rows: Rows) -> None:
-        """The images at `rows`, int64 [N,2] (shard, row), are tried. Each counts once, however often and in whatever order they come."""
-        name = (source.shards[0].name, source.shards[-1].name, str(len(source.shards)), str(source.num_images))
-        with self._lock:
-            if name not in self._seen_rows:
-                self._seen_rows[name] = {}
+            if name not in self._seen:
+                self._seen[name] = SeenImages(source)
                 self._num_images += source.num_images
-            seen = self._seen_rows[name]
-            for shard in np.unique(rows[:, 0]).tolist():
-                if shard not in seen:
-                    seen[shard] = bytearray((source.shards[shard].num_records + 7) // 8)
-                bits, row = np.frombuffer(seen[shard], dtype=np.uint8), rows[rows[:, 0] == shard, 1]
-                new = row[bits[row >> 3] >> (row & 7) & 1 == 0]
-                np.bitwise_or.at(bits, new >> 3, (1 << (new & 7)).astype(np.uint8))
-                self._num_seen += len(new)
+            return self._seen[name]
+
+    def saw(self, images: SeenImages, rows: Rows) -> None:
+        """The images at `rows`, int64 [N,2] (shard, row), are tried. Each counts once, however often and in whatever order they come."""
+        with self._lock:
+            self._num_seen += images.add(rows)
 
     def reject(self, image_id: str, reason: str) -> None:
         """List an image. The same image again, in a later epoch, changes nothing."""
@@ -119,7 +127,7 @@ class RejectionLog:
         """End of the job: close the file, and check a last time, however few the images. Counts stay.
 
         Raises:
-            TooManyRejected: the share is over the limit.
+            TooManyRejected: as `check` says.
         """
         self._close_file()
         self._refuse_if_over()

@@ -59,7 +59,8 @@ def import_timm(
     _require_two(class_names)
     created = create_timm(name, len(class_names), weights, use_ema)
     network = Classifier(created.network, stated.over(created.preprocessing))
-    return _save(network, NetworkSettings(name=f"timm:{name}"), 0, class_names, folder, weights)
+    own = created.preprocessing.model_dump(mode="json", exclude={"image_size"})
+    return _save(network, NetworkSettings(name=f"timm:{name}"), 0, class_names, folder, weights, made_for=own)
 
 
 def import_torch(
@@ -148,12 +149,14 @@ def _save(
     class_names: Sequence[str],
     folder: Path,
     weights: Path | None,
+    **known: Any,
 ) -> ClassifierCard:
     _look_at_one_crop(network, arch_name(settings), weights)
     origin: dict[str, Any] = {
         "imported_from": arch_name(settings),
         "weights": weights.name if weights else None,
         "weights_sha256": file_sha256(weights) if weights else None,
+        **known,
     }
     card = ClassifierCard(
         network=settings,

@@ -40,7 +40,7 @@ class Cost(Section):
     stream_share: float
     """Of all crops that students were trained on, summed over the students."""
     step_seconds: float
-    """Its own training steps, summed over the devices of the group."""
+    """Its own training steps, summed over the devices of the group; as many as there were last, if that changed at a restart."""
     teacher_calls: float
     """Its share of the labels asked for."""
     label_bytes: float

@@ -21,6 +21,7 @@ from distill.cluster.worker import Worker, settling
 from distill.errors import DistillError, TeacherUnavailable, TrainingDiverged
 from distill.evaluation import evaluate_on, network_logits
 from distill.image_sets import has_labels, open_labelled
+from distill.loader import UNLABELLED
 from distill.rejections import RejectionLog
 from student_trainer.halving import HeldOut, Scores, Selection
 from student_trainer.initial_weights import load_initial_weights
@@ -259,7 +260,7 @@ class _Run:
         self.worker.post({"kind": "stopped", "student": student.settings.name, **stopped.model_dump(mode="json")})
 
     def evaluate(self) -> None:
-        """Accuracy on test images that have labels, and mean loss (of worker 0's images) since the last time: a row of the journal."""
+        """Accuracy on the test images, if all have labels, and mean loss (of worker 0's images) since the last time, for the journal."""
         means = {name: loss.total / loss.count for name, loss in self._losses.items()}
         self._losses.clear()
         if self.worker.rank != 0:
@@ -267,14 +268,15 @@ class _Run:
         epoch = self.epoch
         row: dict[str, Any] = {"kind": "epoch", "epoch": epoch, "step": epoch * self._steps_per_epoch, "loss": {}, "top1": {}}
         test = open_labelled(self.job.data.test, self.job.data)
-        is_scored = has_labels(test)
+        may_be_scored = has_labels(test, num_shards=1)
         for student in self._active:
             name = student.settings.name
             if name in means:
                 row["loss"][name] = means[name]
-            if is_scored:
+            if may_be_scored:
                 logits_NK, labels_N = evaluate_on(network_logits(student.judged), test, self.job.data, self.rejections)
-                row["top1"][name] = float((logits_NK.argmax(axis=1) == labels_N).mean())
+                if not (labels_N == UNLABELLED).any():
+                    row["top1"][name] = float((logits_NK.argmax(axis=1) == labels_N).mean())
         self.epochs.append(row)
         self.worker.post({**row, "time": time.time(), "totals": self.totals.estimate(self.worker.world)})
 

@@ -30,8 +30,7 @@ _MEANINGS = {
     408: "The body did not arrive in time (`slow_body`).",
     413: "The body is too large, or holds too many images (`too_large`).",
     415: "The body is of a type that is not listed (`unsupported_media_type`).",
-    422: "Malformed or impossible (`bad_query`, `refused`), or no usable image (`bad_image`, `bad_base64`, `wrong_size`, `refused`, with"
-    " `items`).",
+    422: "Malformed or impossible (`bad_query`, `refused`), or no usable image (`bad_image`, `wrong_size`, `refused` with `items`).",
     429: "Over a quota (`too_many_requests`, `too_many_images`, `too_many_at_once`), or too much waits (`queue_full`).",
     500: "A fault of the gateway (`internal`).",
     502: "The teacher answered something that is no label (`bad_teacher_answer`).",

@@ -7,7 +7,7 @@
     408 slow_body               the body did not arrive in time; 504 is kept for what is not the client's doing
     413 too_large               the body, or more images than one request holds: a client may send fewer at once
     415 unsupported_media_type
-    422 refused, bad_image, bad_query; of one image also bad_base64, wrong_size (intake.py)
+    422 refused, bad_image, bad_query; of one image also wrong_size, in `items` bad_base64 (intake.py)
     429 too_many_requests, too_many_images, too_many_at_once (quotas), queue_full
     499 client_gone             only in metrics
     500 internal

@@ -70,5 +70,5 @@ class NegativeMemory:
         """Go on where `state_dict` was taken."""
         self.network.load_state_dict(state["network"])
         self._queue_MD.copy_(state["queue"])
-        self._images_M2.copy_(state.get("images", torch.tensor(-1)))  # older checkpoints do not say
+        self._images_M2.copy_(state["images"])
         self._next, self._filled = int(state["next"]), int(state["filled"])

@@ -28,7 +28,7 @@ from distill.config import digest_of
 from distill.crops import CropRecipe
 from distill.data_settings import DataSettings
 from distill.errors import CheckpointError, ConfigError, DistillError
-from distill.evaluation import evaluate_on, network_logits
+from distill.evaluation import evaluate_on, network_logits, require_labels
 from distill.label_metrics import score
 from distill.loader import CropBatch, CropLoader, LoaderSettings
 from distill.models.classifier import Classifier
@@ -72,6 +72,7 @@ def train_supervised(
         last step, it is the result so far, without scores.
 
     Raises:
+        SourceError: test images without labels.
         ConfigError: too few labelled images, a network that has no backbone to freeze, or a loss that is not finite.
         TooManyRejected: see `CropLoader`.
     """
@@ -79,7 +80,8 @@ def train_supervised(
     with settling(worker):
         if loop.train() and test is not None:
             if worker.rank == 0:
-                loop.result["scores"] = score(*evaluate_on(network_logits(network), test, data, rejections)).model_dump(mode="json")
+                logits_NK, labels_N = evaluate_on(network_logits(network), test, data, rejections)
+                loop.result["scores"] = score(logits_NK, require_labels(labels_N, data)).model_dump(mode="json")
             loop.is_saved = False  # in all workers: they keep a checkpoint together
         loop.save()
     return loop.result

@@ -102,8 +102,10 @@ def make_plan(run: Run, options: dict[str, Any]) -> CapacityPlan:
     from student_trainer.capacity_scale import growth, memory, traffic
 
     own = own_work(run)
+    only_labelled = run.file.train.images == "labelled"  # a batch is all of them where they are fewer
     wanted = own.replace(
         images=options["images"] or own.images,
+        global_batch=min(run.file.train.global_batch, options["images"] or own.images) if only_labelled else own.global_batch,
         epochs=options["epochs"] or own.epochs,
         views=options["views"] or own.views,
         images_per_shard=options["images_per_shard"] or own.images_per_shard,

@@ -33,6 +33,9 @@ Result = dict[str, Any]
 Sample = Callable[[Preprocessing], "tuple[Crops, list[str]]"]
 """The teacher's preprocessing -> real crops uint8 [N,S,S,3] for the parity gate, and the names of their images."""
 
+CROPPING = {"crop_ratio", "interpolation"}
+"""Fields of Preprocessing that say how the evaluation crop is cut."""
+
 NO_CLASSIFIER = "there is no classifier in it: `distill finetune` makes one, with the run file's labels"
 
 PLACES = {"classifier": "checkpoint", "teacher": "model.onnx", "pretrained": "pretrained"}
@@ -59,7 +62,8 @@ def import_into(
         sample: gives the crops of that gate; asked for kind `onnx` only.
 
     Returns:
-        Plain data: kind, made (`classifier`, `teacher` or `pretrained`), architecture, num_parameters, class_names, preprocessing, notes.
+        Plain data: kind, made (`classifier`, `teacher` or `pretrained`), architecture, num_parameters, class_names, preprocessing, notes,
+        made_for: what is known of the preprocessing that the network itself wants.
 
     Raises:
         ConfigError, CheckpointError, ParityError: what was given cannot be the teacher; one line says why.
@@ -186,19 +190,23 @@ def _onnx(
         "num_parameters": num_weights(teacher_file(folder)),
         "class_names": list(info.class_names),
         "preprocessing": info.preprocessing.model_dump(mode="json"),
+        "made_for": {},
         "fingerprint": info.fingerprint,
         "notes": _class_notes(info.class_names),
     }
 
 
 def crop_notes(result: Result, data: Preprocessing) -> list[str]:
-    """What differs between the crops that an imported network was made for and those of the run, a line each."""
-    seen = result["preprocessing"]
+    """What differs between the preprocessing that an imported network was made for and that of the run, a line each."""
     return [
-        f"data.{name} is {getattr(data, name)}, but it was made for {seen[name]}: set data.{name} to that, or lose some accuracy"
-        for name in ("crop_ratio", "interpolation")
-        if seen[name] != getattr(data, name)
+        f"data.{name} is {_said(getattr(data, name))}, but it was made for {_said(own)}: set data.{name} to that, or lose accuracy"
+        for name, own in result["made_for"].items()
+        if _said(own) != _said(getattr(data, name))
     ]
+
+
+def _said(value: float | str | Sequence[float]) -> str:
+    return value if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else f"[{', '.join(f'{v:g}' for v in value)}]"
 
 
 def _simclr(settings: ImportSettings, folder: Path, class_names: Sequence[str] | None, stated: StatedPreprocessing) -> Result:
@@ -246,6 +254,7 @@ def _simclr(settings: ImportSettings, folder: Path, class_names: Sequence[str] |
         "num_parameters": _num_parameters(folder / PLACES[made]),
         "class_names": list(names) if made == "classifier" else [],
         "preprocessing": seen.model_dump(mode="json"),
+        "made_for": {"crop_ratio": usual_crop_ratio(seen.image_size), "interpolation": "bicubic"},
         "notes": notes,
     }
 
@@ -279,6 +288,7 @@ def _pretrained(origin: Path, folder: Path, stated: StatedPreprocessing) -> Resu
         "architecture": arch_name(network),
         "num_parameters": _num_parameters(folder / PLACES["pretrained"]),
         "class_names": [],
+        "made_for": {},
         "preprocessing": stated.over(seen).replace(mean=seen.mean, std=seen.std).model_dump(mode="json"),
         "notes": [NO_CLASSIFIER],
     }
@@ -292,6 +302,9 @@ def _result(kind: str, folder: Path, card: ClassifierCard, notes: list[str]) -> 
         "num_parameters": _num_parameters(folder / "checkpoint"),
         "class_names": list(card.class_names),
         "preprocessing": card.preprocessing.model_dump(mode="json"),
+        "made_for": card.preprocessing.model_dump(mode="json", include=CROPPING)
+        if kind == "checkpoint"
+        else card.origin.get("made_for", {}),
         "notes": notes + _class_notes(card.class_names),
     }
 

@@ -89,6 +89,8 @@ def _load(path: Path) -> Any:
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
         reason = " ".join(str(error).split())[:200] or "it ends too early"
         raise CheckpointError(f"weights {path} cannot be read: {reason}") from error
+    except MemoryError:
+        raise
     except Exception as error:  # foreign or cut bytes fail as a pickle in any way
         raise CheckpointError(f"weights {path} cannot be read: no torch file, or a damaged one ({type(error).__name__})") from error
 

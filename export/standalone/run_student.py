@@ -59,11 +59,11 @@ OPENERS = {".onnx": open_onnx, ".xml": open_openvino, ".pte": open_executorch, "
 
 def center_crop(image: Image.Image, size: int, crop_ratio: float, interpolation: str) -> np.ndarray:
     """The crop that the student was evaluated on: the shorter side resized to size / crop_ratio, then the centre. uint8 [S,S,3], RGB."""
-    is_adobe = "adobe" in image.info
+    is_inverted = image.format == "JPEG" and "adobe" not in image.info
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit grey: its high byte, where Pillow would cut off at 255
         image = Image.fromarray((np.asarray(image).clip(0, 0xFFFF) >> 8).astype(np.uint8))
-    if image.mode == "CMYK" and not is_adobe:
+    if image.mode == "CMYK" and is_inverted:
         image = ImageChops.invert(image)  # Pillow takes every CMYK JPEG for Adobe's inverted one
     if image.has_transparency_data:  # laid on white, as in training
         image = image.convert("RGBA")

@@ -85,6 +85,9 @@ def test_fewer_images_than_a_batch(run_file: Path, capsys: pytest.CaptureFixture
     assert "9 images are less than one batch (train.global_batch 10)" in capsys.readouterr().err
     labelled = planned(run_file, *RATES, "train.images=labelled", "train.global_batch=100", capsys=capsys)
     assert (labelled["work"]["images"], labelled["work"]["global_batch"]) == (60, 60)
+    for images, batch in ((50, 50), (1000, 100)):
+        more = planned(run_file, *RATES, "train.images=labelled", "train.global_batch=100", "--images", str(images), capsys=capsys)
+        assert (more["work"]["images"], more["work"]["global_batch"]) == (images, batch)
 
 
 def test_without_rates_and_teacher_it_says_what_comes_first(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from distill.errors import ConfigError, TooManyRejected
 from distill.rejections import RejectionLog
+from distill.sources.folder import open_folder
 from distill.sources.records import ShardInfo, Source
 
 ROOT = Path(__file__).parents[3]
@@ -24,9 +25,34 @@ def lines(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@dataclass(frozen=True)
+class Images:
+    """What the log wants to know of a source."""
+
+    shards: tuple[ShardInfo, ...]
+
+    @property
+    def num_images(self) -> int:
+        return sum(shard.num_records for shard in self.shards)
+
+    def digest(self) -> str:
+        return repr(self.shards)
+
+
+IMAGES = cast("Source", Images(tuple(ShardInfo(f"shard {number}", 100) for number in range(100))))
+ROWS = np.stack(np.divmod(np.random.default_rng(0).permutation(10_000), 100), axis=1)
+"""Every image of IMAGES, in some order."""
+
+
+def see(log: RejectionLog, count: int) -> None:
+    """All the images that there are, so many."""
+    source = cast("Source", Images((ShardInfo("all", count),)))
+    log.saw(log.begin(source), np.stack([np.zeros(count, np.int64), np.arange(count)], axis=1))
+
+
 def test_each_image_is_listed_once_with_its_reason(tmp_path: Path) -> None:
     with RejectionLog(tmp_path / "new" / "rejected.jsonl", max_share=1) as log:
-        log.saw(3)
+        see(log, 3)
         log.reject("a.jpg", "truncated")
         log.reject("ü\n.jpg", "unsupported format GIF")
         log.reject("a.jpg", "truncated")
@@ -40,14 +66,14 @@ def test_each_image_is_listed_once_with_its_reason(tmp_path: Path) -> None:
 
 def test_no_bad_image_no_file(tmp_path: Path) -> None:
     with RejectionLog(tmp_path / "rejected.jsonl", max_share=0) as log:
-        log.saw(10)
+        see(log, 10)
         log.check()
     assert not log.path.exists()
 
 
 def test_check_names_share_limit_count_reason_and_file(tmp_path: Path) -> None:
     log = RejectionLog(tmp_path / "rejected.jsonl", max_share=0.01)
-    log.saw(200)
+    see(log, 200)
     for number in range(2):
         log.reject(f"{number}", "truncated")
     log.check()  # 1 % is not over 1 %
@@ -62,50 +88,41 @@ def test_check_names_share_limit_count_reason_and_file(tmp_path: Path) -> None:
 
 def test_few_images_are_judged_at_the_end(tmp_path: Path) -> None:
     log = RejectionLog(tmp_path / "rejected.jsonl", max_share=0.01, min_seen=100)
-    log.saw(5)
+    see(log, 5)
     log.reject("a", "truncated")
     log.check()
     with pytest.raises(TooManyRejected, match=r"1 of 5 images \(20\.00%\)"):
         log.close()
 
 
-@dataclass(frozen=True)
-class Images:
-    """What the log wants to know of a source."""
-
-    shards: tuple[ShardInfo, ...]
-
-    @property
-    def num_images(self) -> int:
-        return sum(shard.num_records for shard in self.shards)
-
-
-IMAGES = cast("Source", Images(tuple(ShardInfo(f"shard {number}", 100) for number in range(100))))
-ROWS = np.stack(np.divmod(np.random.default_rng(0).permutation(10_000), 100), axis=1)
-"""Every image of IMAGES, in some order."""
-
-
 def test_an_image_is_seen_once_however_often_it_comes(tmp_path: Path) -> None:
     log = RejectionLog(tmp_path / "rejected.jsonl", max_share=0)
     for begin, end, seen in ((0, 64, 64), (32, 96, 96), (0, 96, 96), (96, 10_000, 10_000), (0, 10_000, 10_000)):
-        log.saw_rows(IMAGES, ROWS[begin:end])
+        log.saw(log.begin(IMAGES), ROWS[begin:end])
         assert log.num_seen == seen
-    other = cast("Source", Images((ShardInfo("another", 9),)))
-    log.saw_rows(other, np.array([[0, 8], [0, 0]]))
-    log.saw_rows(other, np.array([[0, 8], [0, 1]]))
-    assert log.num_seen == 10_003
+
+
+def test_images_of_two_sources_are_told_apart(tmp_path: Path) -> None:
+    """Two folders with as many images: their shards are called alike."""
+    log = RejectionLog(tmp_path / "rejected.jsonl", max_share=0.5)
+    folders = [open_folder(name, ((f"{name}{n}.png", 10) for n in range(30)), None, 20) for name in ("train", "test")]
+    assert folders[0].shards == folders[1].shards
+    for folder in folders:
+        log.saw(log.begin(folder), np.array([[0, 19], [1, 0]]))
+        log.saw(log.begin(folder), np.array([[1, 0], [1, 9]]))
+    assert log.num_seen == 6
 
 
 def test_a_part_may_be_over_the_limit_by_chance_and_the_whole_may_not(tmp_path: Path) -> None:
     log = RejectionLog(tmp_path / "rejected.jsonl", max_share=0.01)
-    log.saw_rows(IMAGES, ROWS[:400])
+    log.saw(log.begin(IMAGES), ROWS[:400])
     for number in range(9):  # 4 allowed and, by chance, 3 * sqrt(4 * 0.96) more
         log.reject(f"{number}", "truncated")
         log.check()
     log.reject("9", "truncated")
     with pytest.raises(TooManyRejected, match="10 of 400 images"):
         log.check()
-    log.saw_rows(IMAGES, ROWS)
+    log.saw(log.begin(IMAGES), ROWS)
     for number in range(10, 100):
         log.reject(f"{number}", "truncated")
     log.check()
@@ -116,7 +133,7 @@ def test_a_part_may_be_over_the_limit_by_chance_and_the_whole_may_not(tmp_path: 
 
 def test_another_error_is_not_hidden_by_the_last_check(tmp_path: Path) -> None:
     log = RejectionLog(tmp_path / "rejected.jsonl", max_share=0)
-    log.saw()
+    see(log, 1)
     log.reject("a", "truncated")
     with pytest.raises(KeyError), log:
         raise KeyError
@@ -125,7 +142,7 @@ def test_another_error_is_not_hidden_by_the_last_check(tmp_path: Path) -> None:
 def test_reject_after_close_opens_the_file_again(tmp_path: Path) -> None:
     log = RejectionLog(tmp_path / "rejected.jsonl", max_share=1)
     for name in ("a", "b"):
-        log.saw()
+        see(log, 1)
         log.reject(name, "truncated")
         log.close()
     assert [line["image_id"] for line in lines(log.path)] == ["a", "b"]
@@ -138,7 +155,7 @@ def test_share_out_of_range(tmp_path: Path) -> None:
 
 def test_threads_share_a_log(tmp_path: Path) -> None:
     def refuse(number: int) -> None:
-        log.saw()
+        log.saw(log.begin(IMAGES), ROWS[number : number + 1])
         log.reject(str(number % 100), "truncated")
 
     with RejectionLog(tmp_path / "rejected.jsonl", max_share=1) as log, ThreadPoolExecutor(8) as pool:

@@ -242,11 +242,20 @@ class TestImports:
         of_teacher = f"import.path={tmp_path / 'teacher'}"
         notes = verbs.import_teacher(run_of(imported, of_teacher))["notes"]
         assert [note.partition(":")[0] for note in notes] == [
-            "data.crop_ratio is 0.875, but it was made for 1.0",
+            "data.crop_ratio is 0.875, but it was made for 1",
             "data.interpolation is bilinear, but it was made for bicubic",
         ]
         same = run_of(imported, of_teacher, "data.crop_ratio=1.0", "data.interpolation=bicubic", f"run_dir={tmp_path / 'same'}")
         assert verbs.import_teacher(same)["notes"] == []
+
+    def test_what_a_network_of_timm_wants_is_said(self, tree: dict[str, Any], tmp_path: Path) -> None:
+        imported = {**tree, "import": {"kind": "timm", "timm_name": "mobilenetv3_small_050"}}
+        run = run_of(imported, "data.image_size=32", "data.std=[0.229,0.224,0.225]")
+        notes = verbs.import_teacher(run)["notes"]
+        assert [note.partition(",")[0] for note in notes if note.startswith("data.")] == [
+            "data.mean is [0",
+            "data.interpolation is bilinear",
+        ]
 
     def test_of_a_classifier_and_a_pretrained_network_the_run_takes_what_it_says(self, imported: dict[str, Any], tmp_path: Path) -> None:
         card = ClassifierCard(network=TEACHER, class_names=("cat", "dog"), preprocessing=Preprocessing(image_size=8))

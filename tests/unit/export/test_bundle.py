@@ -457,6 +457,16 @@ def test_the_program_cuts_the_crop_that_training_was_evaluated_on(student: Path,
     assert answer["logits"] == pytest.approx(expected.tolist(), abs=1e-5)
 
 
+def test_the_program_takes_formats_that_training_does_not(student: Path, tmp_path: Path) -> None:
+    """Only a JPEG has its CMYK stored the other way round."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 4), dtype=np.uint8), "CMYK")
+    image.save(tmp_path / "image.tiff")
+    image.convert("RGB").save(tmp_path / "image.png")
+    program, model = student / "run_student.py", str(student / "tiny.fp32.onnx")
+    tiff, same = (json.loads(on_the_device(program, model, str(tmp_path / f"image.{kind}"), "--json")) for kind in ("tiff", "png"))
+    assert tiff["logits"] == same["logits"]
+
+
 def test_the_program_refuses_a_file_of_no_runtime(student: Path) -> None:
     done = subprocess.run([sys.executable, str(student / PROGRAM), "card.md", "x.png"], capture_output=True, text=True, check=False)
     assert done.returncode == 2

@@ -105,11 +105,3 @@ def test_goes_on_where_it_was() -> None:
     assert second.are_of(NOWHERE).all()
     for own, other in zip(first.network.parameters(), second.network.parameters(), strict=True):
         assert torch.equal(own, other)
-
-
-def test_a_checkpoint_that_does_not_say_the_images() -> None:
-    first, second = memory_of(10), memory_of(10)
-    first.keep(rows(7, 0), NOWHERE)
-    second.load_state_dict({name: value for name, value in first.state_dict().items() if name != "images"})
-    assert second.are_of(NOWHERE).shape == (1, 7)
-    assert not second.are_of(NOWHERE).any()
