@@ -6,11 +6,11 @@ Unit of data: one `ImageRecord`: an encoded image under an id that is unique in 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from distill.config import digest_of
 from distill.errors import SourceError
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
@@ -88,8 +88,14 @@ class IdsDigest:
 
 
 def digest_of_shards(shards: Sequence[ShardInfo], ids_digests: Iterable[str]) -> str:
-    """The name of an image set, from what names each of its shards."""
-    return digest_of([[shard.name, shard.num_records, ids] for shard, ids in zip(shards, ids_digests, strict=True)])
+    """The name of an image set, from what names each of its shards: `digest_of` the list of [name, number of records, digest of the ids],
+    which is not made, for there may be millions."""
+    sha, separator = hashlib.sha256(b"["), ""
+    for shard, ids in zip(shards, ids_digests, strict=True):
+        sha.update((separator + json.dumps([shard.name, shard.num_records, ids], separators=(",", ":"))).encode())
+        separator = ","
+    sha.update(b"]")
+    return sha.hexdigest()
 
 
 def checked_label(label: int, class_names: tuple[str, ...] | None, where: str) -> int:

@@ -22,8 +22,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from distill.config import digest_of
 from distill.errors import SourceError
 from distill.sources import ImageRecord, ShardInfo, Source, labelled_subset, open_source, scan_labels
+from distill.sources.records import digest_of_shards
 
 ROOT = Path(__file__).parents[3]
 CLASSES = ("cat", "dog")
@@ -377,6 +379,11 @@ class TestOpening:
     def test_shard_size_out_of_range(self, tmp_path: Path) -> None:
         with pytest.raises(SourceError, match="records_per_shard 0 is below 1"):
             open_source(write_folder(tmp_path), records_per_shard=0)
+
+    @pytest.mark.parametrize("count", [0, 1, 3])
+    def test_digest_of_shards_is_that_of_their_list(self, count: int) -> None:
+        shards, ids = [ShardInfo(f"shard \u00fc {n}", 100 + n) for n in range(count)], [f"{n:064x}" for n in range(count)]
+        assert digest_of_shards(shards, ids) == digest_of([[s.name, s.num_records, i] for s, i in zip(shards, ids, strict=True)])
 
     def test_digest_names_the_set_of_images(self, tmp_path: Path) -> None:
         first = open_source(write_folder(tmp_path / "a")).digest()
