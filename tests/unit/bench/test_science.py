@@ -37,10 +37,11 @@ def test_a_recipe_trains_what_the_table_trains(name: str, fraction: float) -> No
     assert same(run.pretrain, setting.pretrain, {"precision"})
     assert same(run.finetune, setting.finetune[fraction], {"precision"})
     differ = {"precision", "students", "control", "num_evaluations"}
-    trained = small_training(setting, temperature=0.1)
+    temperature = 1.0 if (name, fraction) == ("fashion", 0.1) else 0.1
+    trained = small_training(setting, temperature=temperature)
     assert same(run.train, trained, differ)
     assert same(run.train.students[0], trained.students[0], {"name"})
-    again = self_training(setting)
+    again = self_training(setting, temperature)
     assert run.self_distill is not None
     own = {name: value for name, value in run.self_distill.model_dump().items() if name in type(again).model_fields}
     wanted = again.model_dump()
