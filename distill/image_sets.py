@@ -90,11 +90,13 @@ def choose_labelled(source: Source, data: DataSettings, seed: int, every_class: 
         SourceError: see `open_labelled_subset`.
     """
     labels = scan_labels(source)
-    absent = sorted(set(range(len(source.class_names or ()))) - set(labels.values()))
+    names = source.class_names or ()
+    present = set(labels.values())
+    absent = [f"{k} ({name})" for k, name in enumerate(names) if k not in present]
     if every_class and absent:
-        names = ", ".join(f"{k} ({(source.class_names or ())[k]})" for k in absent[:3]) + (", ..." if len(absent) > 3 else "")
+        listed = ", ".join(absent[:3]) + (", ..." if len(absent) > 3 else "")
         raise SourceError(
-            f"{data.labelled.path} has no image of {len(absent)} of {len(source.class_names or ())} classes: {names};"
+            f"{data.labelled.path} has no image of {len(absent)} of {len(names)} classes: {listed};"
             " give at least one of each, or take them out of the class names"
         )
     if data.labelled_ids is not None:

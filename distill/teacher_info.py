@@ -18,6 +18,10 @@ METADATA_KEY = "distill.teacher"
 """Key of the JSON form in ONNX metadata properties and in Triton model parameters."""
 
 
+CROPPING = {"crop_ratio", "interpolation"}
+"""Fields of `Preprocessing` that say how the evaluation crop is cut; nothing that pretraining sees depends on them."""
+
+
 class Preprocessing(Section):
     """The contract between an image and a network. Casting and normalising happen inside the network: crops travel as uint8 RGB."""
 

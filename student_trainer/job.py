@@ -96,8 +96,8 @@ class TrainJob(Section):
         return open_labelled_subset(self.data, self.seed)
 
     def loading(self, images: Source) -> LoaderSettings:
-        """How `images`, from `open_images`, are cut into batches. Few labelled images are one batch; there they are all the images."""
-        batch = min(self.train.global_batch, images.num_images) if self._only_labelled else self.train.global_batch
+        """How `images`, from `open_images`, are cut into batches."""
+        batch = self.batch_of(images.num_images)
         return LoaderSettings(
             self.seed,
             batch,
@@ -106,6 +106,10 @@ class TrainJob(Section):
             crops_per_decode=1 if self.objective == "labels" else self.train.crops_per_decode,
             mixing_cache_bytes=self.train.mixing_cache_mib * 2**20,
         )
+
+    def batch_of(self, num_images: int) -> int:
+        """The global batch of so many images. Few labelled ones, where they are all there is, are one batch."""
+        return min(self.train.global_batch, num_images) if self._only_labelled else self.train.global_batch
 
     def steps_per_epoch(self) -> int:
         """Steps of one pass over `open_images`.

@@ -6,6 +6,7 @@ from distill.config import Section, digest_of
 from distill.data_settings import DataSettings
 from distill.errors import ConfigError
 from distill.sources import Source
+from distill.teacher_info import CROPPING
 from teacher_trainer.settings import PretrainSettings
 
 
@@ -52,7 +53,7 @@ def identity_of(job: PretrainJob, source: Source) -> str:
     return digest_of(
         {
             "settings": job.pretrain.model_dump(mode="json", exclude=without_effect),
-            "preprocessing": job.data.preprocessing.model_dump(mode="json", include={"image_size", "mean", "std"}),
+            "preprocessing": job.data.preprocessing.model_dump(mode="json", exclude=CROPPING),
             "window_shards": job.data.window_shards,
             "seed": job.seed,
             "images": source.digest(),

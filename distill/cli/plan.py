@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from distill.cli.plan_report import CapacityPlan
     from distill.cli.run import Run
     from student_trainer.capacity import StageRates, Work
+    from student_trainer.job import TrainJob
 
 PLAN_FILE = "plan.json"
 
@@ -101,11 +102,13 @@ def make_plan(run: Run, options: dict[str, Any]) -> CapacityPlan:
     from student_trainer.capacity import needs, predict, undisturbed, ways, workers_for
     from student_trainer.capacity_scale import growth, memory, traffic
 
-    own = own_work(run)
-    only_labelled = run.file.train.images == "labelled"  # a batch is all of them where they are fewer
+    students = [student.replace(initial_weights="random") for student in run.file.train.students]
+    job = run.job("distill", run.file.train.replace(students=students))
+    own = own_work(run, job)
+    images = options["images"] or own.images
     wanted = own.replace(
-        images=options["images"] or own.images,
-        global_batch=min(run.file.train.global_batch, options["images"] or own.images) if only_labelled else own.global_batch,
+        images=images,
+        global_batch=job.batch_of(images),
         epochs=options["epochs"] or own.epochs,
         views=options["views"] or own.views,
         images_per_shard=options["images_per_shard"] or own.images_per_shard,
@@ -138,8 +141,8 @@ def make_plan(run: Run, options: dict[str, Any]) -> CapacityPlan:
     )
 
 
-def own_work(run: Run) -> Work:
-    """What the run itself would do.
+def own_work(run: Run, job: TrainJob) -> Work:
+    """What the run itself, whose job it is, would do.
 
     Raises:
         SourceError: its images cannot be opened.
@@ -148,7 +151,6 @@ def own_work(run: Run) -> Work:
     from student_trainer.capacity import Work
 
     file = run.file
-    job = run.job("distill", file.train.replace(students=[s.replace(initial_weights="random") for s in file.train.students]))
     images = job.open_images()
     return Work(
         images=images.num_images,

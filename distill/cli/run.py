@@ -22,6 +22,7 @@ from distill.models.settings import NetworkSettings
 from distill.rejections import RejectionLog
 from distill.sources import read_ids
 from distill.stages import Stage, plain, prepare_run_dir
+from distill.teacher_info import CROPPING
 from export.settings import TeacherExportSettings
 from student_trainer.job import TrainJob
 from student_trainer.open_store import folder_of_stores
@@ -127,7 +128,7 @@ class Run:
     def pretrain(self) -> Stage:
         """Stage 1."""
         settings = plain(self.file.pretrain.replace(checkpoint_every_s=1, checkpoint_blocks=False))  # neither changes what comes out
-        crops = {name: value for name, value in self._crops.items() if name not in ("crop_ratio", "interpolation")}  # it evaluates nothing
+        crops = {name: value for name, value in self._crops.items() if name not in CROPPING}
         return Stage(self.folder, "pretrain", {"pretrain": settings, "crops": crops}, {"images": self.images("unlabelled")})
 
     @property

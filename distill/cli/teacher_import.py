@@ -22,7 +22,7 @@ from distill.errors import CheckpointError, ConfigError, ParityError
 from distill.models.arch_names import arch_name
 from distill.models.saved_classifier import LOOKED_ON, ClassifierCard
 from distill.models.settings import NetworkSettings
-from distill.teacher_info import Preprocessing
+from distill.teacher_info import CROPPING, Preprocessing
 from export.parity_files import FAILED_REPORT_FILE, REPORT_FILE, WORST_FOLDER
 from export.settings import ImportSettings, StatedPreprocessing, Take, TeacherExportSettings, usual_crop_ratio
 
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
 Result = dict[str, Any]
 Sample = Callable[[Preprocessing], "tuple[Crops, list[str]]"]
 """The teacher's preprocessing -> real crops uint8 [N,S,S,3] for the parity gate, and the names of their images."""
-
-CROPPING = {"crop_ratio", "interpolation"}
-"""Fields of Preprocessing that say how the evaluation crop is cut."""
 
 NO_CLASSIFIER = "there is no classifier in it: `distill finetune` makes one, with the run file's labels"
 
